@@ -1,0 +1,1 @@
+"""Pure arithmetic and data: no files, no network, no transformers."""

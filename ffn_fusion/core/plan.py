@@ -1,0 +1,206 @@
+"""A model is a plan: the list of its blocks, each naming the source layers it is built from.
+
+Everything else about a student (widths, depth, tensor names, kv-cache bytes, all-reduces) is derived from its plan
+and the configuration of its parent. *Layer* is an index into the parent, *block* an index into the plan.
+"""
+
+import json
+import re
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from ffn_fusion.errors import UserError
+
+FORMAT = "ffn-fusion-plan/1"
+_BLOCK = re.compile(r"(?:A(?P<attention>\d+)|-)F(?P<ffns>\d+(?:\+\d+)*)")
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The attention sublayer of one source layer."""
+
+    layer: int
+
+
+@dataclass(frozen=True)
+class Ffn:
+    """The feed-forward sublayer of one source layer."""
+
+    layer: int
+
+
+@dataclass(frozen=True)
+class Block:
+    """One residual block: an optional attention, then its FFNs side by side on one shared input.
+
+    Two or more FFNs are one wide FFN (FFN Fusion, Theorem 3.1).
+    """
+
+    attention: Attention | None
+    ffns: tuple[Ffn, ...]
+
+    @property
+    def is_fused(self) -> bool:
+        return len(self.ffns) > 1
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Source layers that the block is built from, in the order in which it names them."""
+        named = [self.attention.layer] if self.attention else []
+        return tuple(dict.fromkeys(named + [ffn.layer for ffn in self.ffns]))
+
+    def __str__(self) -> str:
+        head = f"A{self.attention.layer}" if self.attention else "-"
+        return f"{head}F{'+'.join(str(ffn.layer) for ffn in self.ffns)}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An ordered list of blocks. Frozen and valid by construction; `UserError` says why a list is no plan."""
+
+    blocks: tuple[Block, ...]
+
+    def __post_init__(self) -> None:
+        if not self.blocks:
+            raise UserError("a plan needs at least one block, for example 'A0F0 A1F1+2'")
+        if self.blocks[0].attention != Attention(0):
+            raise UserError(
+                f"a plan starts with the attention of layer 0 (engines size their cache by it), found '{self.blocks[0]}'"
+            )
+        for kind, layers in (("A", self.attention_layers), ("F", self.ffn_layers)):
+            twice = sorted({layer for layer in layers if layers.count(layer) > 1})
+            if twice:
+                raise UserError(f"a plan names each sublayer once, found {kind}{twice[0]} twice")
+        for block in self.blocks:
+            if not block.ffns:
+                raise UserError(f"every block needs an FFN (some engines drop an attention without one): '{block}'")
+
+    @classmethod
+    def identity(cls, num_layers: int) -> "Plan":
+        """The plan of a parent with `num_layers` ordinary layers."""
+        return cls(tuple(Block(Attention(layer), (Ffn(layer),)) for layer in range(num_layers)))
+
+    @classmethod
+    def parse(cls, text: str) -> "Plan":
+        """Read the one-line form, such as ``A0F0 A1F1 -F2+3 A4F4`` (``-`` stands for a removed attention)."""
+        blocks = []
+        for word in text.split():
+            match = _BLOCK.fullmatch(word)
+            if match is None:
+                raise UserError(f"'{word}' is no block of a plan; blocks look like A3F3, -F4 or -F5+6")
+            attention = match["attention"]
+            ffns = tuple(Ffn(int(layer)) for layer in match["ffns"].split("+"))
+            blocks.append(Block(Attention(int(attention)) if attention else None, ffns))
+        return cls(tuple(blocks))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Plan":
+        """Inverse of `to_json`."""
+        try:
+            data = json.loads(text)
+            if data["format"] != FORMAT:
+                raise UserError(f"plan has format {data['format']!r}, expected {FORMAT!r}")
+            return cls(
+                tuple(
+                    Block(
+                        Attention(int(block["attention"]["layer"])) if block["attention"] else None,
+                        tuple(Ffn(int(ffn["layer"])) for ffn in block["ffns"]),
+                    )
+                    for block in data["blocks"]
+                )
+            )
+        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"not a plan file: {error!r}; a plan has 'format' and 'blocks'") from error
+
+    def to_json(self) -> str:
+        """Readable JSON, one block a line, so that plans diff well."""
+        lines = [
+            json.dumps(
+                {
+                    "attention": {"layer": block.attention.layer} if block.attention else None,
+                    "ffns": [{"layer": ffn.layer} for ffn in block.ffns],
+                }
+            )
+            for block in self.blocks
+        ]
+        return f'{{\n  "format": "{FORMAT}",\n  "blocks": [\n    ' + ",\n    ".join(lines) + "\n  ]\n}\n"
+
+    def __str__(self) -> str:
+        return " ".join(map(str, self.blocks))
+
+    @property
+    def attention_layers(self) -> list[int]:
+        """Source layers whose attention is kept, in plan order."""
+        return [block.attention.layer for block in self.blocks if block.attention]
+
+    @property
+    def ffn_layers(self) -> list[int]:
+        """Source layers whose FFN is kept, in plan order."""
+        return [ffn.layer for block in self.blocks for ffn in block.ffns]
+
+    @property
+    def groups(self) -> list[tuple[int, ...]]:
+        """Source layers of each fused FFN."""
+        return [tuple(ffn.layer for ffn in block.ffns) for block in self.blocks if block.is_fused]
+
+    @property
+    def num_sublayers(self) -> int:
+        """Sequential sublayers; under tensor parallelism each ends in one all-reduce."""
+        return len(self.blocks) + len(self.attention_layers)
+
+    @property
+    def is_ordered(self) -> bool:
+        """Whether the blocks name source layers in rising order."""
+        return all(a < b for a, b in pairwise(self.ffn_layers)) and all(
+            max(a.layers) < min(b.layers) and list(a.layers) == sorted(a.layers) and list(b.layers) == sorted(b.layers)
+            for a, b in pairwise(self.blocks)
+        )
+
+    def without_attention(self, layers: Collection[int]) -> "Plan":
+        """The plan with the attention of these source layers removed."""
+        missing = sorted(set(layers) - set(self.attention_layers))
+        if missing:
+            raise UserError(f"cannot remove the attention of layer {missing[0]}: the plan has none there")
+        return Plan(
+            tuple(
+                Block(None, block.ffns) if block.attention and block.attention.layer in layers else block
+                for block in self.blocks
+            )
+        )
+
+    def fuse(self, layers: Sequence[int]) -> "Plan":
+        """The plan with the FFNs of these source layers fused into one.
+
+        The blocks that hold them must be consecutive, and only the first may have an attention: the others would
+        have to see its output, which a shared input rules out.
+        """
+        held = [i for i, block in enumerate(self.blocks) if any(ffn.layer in layers for ffn in block.ffns)]
+        span = self.blocks[held[0] : held[-1] + 1] if held else ()
+        if sorted(ffn.layer for block in span for ffn in block.ffns) != sorted(layers):
+            raise UserError(f"cannot fuse FFNs {list(layers)}: they are not whole consecutive blocks of the plan")
+        blocker = next((block for block in span[1:] if block.attention), None)
+        if blocker:
+            raise UserError(f"cannot fuse FFNs {list(layers)}: attention {blocker.attention.layer} stands between them")  # type: ignore[union-attr]
+        fused = Block(span[0].attention, tuple(ffn for block in span for ffn in block.ffns))
+        return Plan(self.blocks[: held[0]] + (fused,) + self.blocks[held[-1] + 1 :])
+
+    def runs(self) -> list[tuple[int, ...]]:
+        """Longest lists of source layers whose FFNs may share an input: no attention stands between them."""
+        runs: list[list[int]] = []
+        for block in self.blocks:
+            if block.attention or not runs:
+                runs.append([])
+            runs[-1].extend(ffn.layer for ffn in block.ffns)
+        return [tuple(run) for run in runs if len(run) > 1]
+
+
+def contiguous(layers: Iterable[int]) -> str:
+    """Layers as people write them: ``4, 6-9, 12``."""
+    spans: list[list[int]] = []
+    for layer in sorted(layers):
+        if spans and layer == spans[-1][-1] + 1:
+            spans[-1].append(layer)
+        else:
+            spans.append([layer])
+    return ", ".join(str(s[0]) if len(s) == 1 else f"{s[0]}-{s[-1]}" for s in spans)

@@ -1,0 +1,240 @@
+"""Results of the stages, as they are written to `record.json` and returned by the Python API."""
+
+from dataclasses import dataclass
+
+from ffn_fusion.core.plan import Plan, contiguous
+from ffn_fusion.core.stats import Estimate
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The text behind a figure."""
+
+    sources: list[str]
+    part: str
+    num_windows: int
+    length: int
+    seed: int
+    digest: str
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_windows * self.length
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Per layer, mean over tokens: how far the layer turns the stream, how large its contribution is, and whether
+    the contribution is orthogonal to the stream (FFN Fusion, section 5.5)."""
+
+    turn: list[float]
+    """1 - cos(x, f(x))."""
+    norm_ratio: list[float]
+    """|h| / |x|."""
+    alignment: list[float]
+    """cos(h, x)."""
+
+
+@dataclass(frozen=True)
+class MassiveActivation:
+    """A token whose stream is far longer than the median after a layer."""
+
+    layer: int
+    position: int
+    channel: int
+    norm: float
+    median_norm: float
+
+
+@dataclass(frozen=True)
+class AnalyzeResult:
+    """Sublayer scores, dependency matrices and geometry of a parent.
+
+    `attention` and `ffn` hold the KL to the parent when that sublayer is removed (None where there is none), in nats
+    a token. `block_dependency[i][j]` is the cosine distance between block j's contribution with and without block i;
+    `sublayer_dependency` the same for sublayers in the order A0 F0 A1 F1 ... Rows are removed, columns measured.
+    """
+
+    model: str
+    num_layers: int
+    sample: Sample
+    attention: list[Estimate | None]
+    ffn: list[Estimate | None]
+    block_dependency: list[list[float]]
+    sublayer_dependency: list[list[float]]
+    geometry: Geometry
+    massive: list[MassiveActivation]
+
+    @property
+    def ffn_dependency(self) -> list[list[float]]:
+        """The FFN to FFN part of the sublayer matrix."""
+        return [row[1::2] for row in self.sublayer_dependency[1::2]]
+
+    def summary(self) -> str:
+        scored = [(e.mean, layer) for layer, e in enumerate(self.attention) if e is not None]
+        cheap = ", ".join(f"{layer} ({kl:.3f})" for kl, layer in sorted(scored)[:8])
+        dear = ", ".join(f"{layer} ({kl:.2f})" for kl, layer in sorted(scored, reverse=True)[:4])
+        named = contiguous({m.layer for m in self.massive})
+        massive = f"\nmassive activations after layers {named}" if self.massive else ""
+        return (
+            f"{self.num_layers} layers, KL measured on {self.sample.num_tokens:,} tokens\n"
+            f"attentions cheapest to remove (KL): {cheap}\ndearest: {dear}{massive}"
+        )
+
+
+@dataclass(frozen=True)
+class SearchStep:
+    """One decision of the search: what was tried, its KL, and whether it was kept."""
+
+    action: str
+    kl: Estimate
+    kept: bool
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The plan found. `predicted_kl` adds up single removals; `unfused_kl` and `kl` were measured on `sample`."""
+
+    plan: str
+    predicted_kl: float
+    unfused_kl: Estimate
+    kl: Estimate
+    calibrated: bool
+    sample: Sample
+    steps: list[SearchStep]
+
+    def summary(self) -> str:
+        plan = Plan.parse(self.plan)
+        how = "calibrated" if self.calibrated else "as fused"
+        return (
+            f"{plan}\npredicted KL {self.predicted_kl:.3f} (single removals added up), "
+            f"measured {self.unfused_kl} with attention removed, {self.kl} {how}\n"
+            f"{len(plan.blocks)} blocks, {plan.num_sublayers} sequential sublayers, FFNs fused: {plan.groups or 'none'}"
+        )
+
+
+@dataclass(frozen=True)
+class FitSummary:
+    """Calibration of one block: held-out error relative to |target - input|^2."""
+
+    block: str
+    error_before: float
+    error_after: float
+    strengths: list[float | None]
+
+
+@dataclass(frozen=True)
+class FuseResult:
+    """The student written by `fuse`."""
+
+    parent: str
+    plan: str
+    layout: str
+    norm: str
+    calibrate: str
+    num_parameters: int
+    parent_parameters: int
+    dropped: list[str]
+    fits: list[FitSummary]
+    sample: Sample | None
+
+    def summary(self) -> str:
+        plan = Plan.parse(self.plan)
+        lines = [f"{plan}", f"{self.num_parameters:,} of {self.parent_parameters:,} parameters, layout {self.layout}"]
+        lines += [
+            f"  {fit.block}: held-out error {fit.error_before:.3f} -> {fit.error_after:.3f}, strength {fit.strengths}"
+            for fit in self.fits
+        ]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class ModelScore:
+    """One model on held-out text; the last four compare it with the parent on the same tokens (None for itself)."""
+
+    model: str
+    nll: Estimate
+    perplexity: float
+    bits_per_byte: float
+    kl: Estimate | None
+    top1_agreement: Estimate | None
+    nll_difference: Estimate | None
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Held-out scores of a parent and its students."""
+
+    sample: Sample
+    scores: list[ModelScore]
+
+    def summary(self) -> str:
+        lines = [f"{'model':36} {'ppl':>9} {'bits/byte':>9} {'KL to parent':>18} {'top-1':>7} {'nll - parent':>18}"]
+        for s in self.scores:
+            top = f"{s.top1_agreement.mean:7.1%}" if s.top1_agreement else "      -"
+            lines.append(
+                f"{s.model[-36:]:36} {s.perplexity:9.2f} {s.bits_per_byte:9.4f} {s.kl or '-'!s:>18} {top} {s.nll_difference or '-'!s:>18}"
+            )
+        return "\n".join([*lines, f"{self.sample.num_tokens:,} tokens of {', '.join(self.sample.sources)}"])
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles of a timing, in milliseconds."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class BenchRow:
+    """One model at one batch size."""
+
+    model: str
+    batch_size: int
+    prefill_ms: Spread
+    decode_ms: Spread
+    bandwidth_share: float
+    """Bytes that a decode step must move, over the measured copy bandwidth times its time."""
+    prefill_speedup: float
+    decode_speedup: float
+
+
+@dataclass(frozen=True)
+class BenchModel:
+    """What a model costs by count alone."""
+
+    model: str
+    num_parameters: int
+    kv_bytes_per_token: int
+    num_blocks: int
+    num_attentions: int
+    num_sublayers: int
+    """Sequential sublayers; as many all-reduces a token under tensor parallelism."""
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """Decode and prefill times, the models interleaved in one process."""
+
+    models: list[BenchModel]
+    rows: list[BenchRow]
+    prompt_length: int
+    new_tokens: int
+    repeats: int
+    copy_gb_per_s: float
+
+    def summary(self) -> str:
+        lines = [f"{'model':36} {'batch':>5} {'prefill ms':>10} {'ms/token':>9} {'decode':>8} {'of bandwidth':>12}"]
+        lines += [
+            f"{r.model[-36:]:36} {r.batch_size:5d} {r.prefill_ms.median:10.1f} {r.decode_ms.median:9.2f} "
+            f"{r.decode_speedup:7.2f}x {r.bandwidth_share:12.0%}"
+            for r in self.rows
+        ]
+        lines += [
+            f"{m.model[-36:]:36} {m.num_parameters:,} parameters, {m.kv_bytes_per_token:,} kv bytes/token, "
+            f"{m.num_sublayers} sequential sublayers"
+            for m in self.models
+        ]
+        return "\n".join(lines)

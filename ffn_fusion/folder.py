@@ -1,0 +1,162 @@
+"""Stage folders: a stage writes into a hidden sibling and renames it when all is there, its record last.
+
+So a folder under its own name is complete; a killed stage leaves `.NAME.partial`, which the same command takes up
+again; and a finished stage with the same inputs is not run twice.
+"""
+
+import fcntl
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import cattrs
+
+from ffn_fusion.errors import UserError
+
+RECORD = "record.json"
+INPUTS = "inputs.json"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where and with what a figure was made."""
+
+    date: str
+    device: str
+    dtype: str
+    platform: str
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Record(Generic[T]):
+    """What a stage leaves behind: the stage, all that its result depends on, where it ran, and the result."""
+
+    stage: str
+    inputs: dict[str, Any]
+    environment: Environment
+    seconds: float
+    result: T
+
+
+def environment(device: str, dtype: str) -> Environment:
+    names = ("ffn-fusion", "torch", "transformers", "numpy", "scipy")
+    return Environment(
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        device=device,
+        dtype=dtype,
+        platform=f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, {os.cpu_count()} cores",
+        versions={name: version(name) for name in names},
+    )
+
+
+@dataclass
+class StageFolder:
+    """A stage at work: `path` is the hidden folder it writes into."""
+
+    path: Path
+
+    def save(self, name: str, data: Any) -> None:
+        """Write resumable state as JSON, atomically."""
+        write_atomically(self.path / name, json.dumps(data))
+
+    def load(self, name: str) -> Any:
+        """State saved by an earlier, killed run of the same command; None if there is none."""
+        path = self.path / name
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def run_stage(
+    stage: str,
+    out: Path,
+    inputs: dict[str, Any],
+    result_type: type[T],
+    work: Callable[[StageFolder], tuple[T, Environment]],
+) -> Record[T]:
+    """Do a stage's work in `out`, or return its record if the same work is already there.
+
+    `inputs` is all that the result depends on, as JSON. Raises `UserError` if `out` holds something else.
+    """
+    inputs = json.loads(json.dumps(inputs, default=str))
+    if out.exists():
+        return _finished(stage, out, inputs, result_type)
+    with _partial(out, {"stage": stage, "inputs": inputs}) as folder:
+        start = time.monotonic()
+        result, where = work(folder)
+        record = Record(stage, inputs, where, round(time.monotonic() - start, 2), result)
+        for name in (INPUTS, "lock"):
+            (folder.path / name).unlink()
+        write_atomically(folder.path / RECORD, json.dumps(asdict(record), indent=1))
+        folder.path.rename(out)
+    return record
+
+
+def read_record(folder: Path, result_type: type[T]) -> Record[T]:
+    """The typed record of a finished stage; `UserError` if the folder holds none."""
+    path = folder / RECORD
+    try:
+        return cattrs.structure(json.loads(path.read_text(encoding="utf-8")), Record[result_type])  # type: ignore[valid-type]
+    except FileNotFoundError:
+        raise UserError(f"{folder} holds no {RECORD}: it is not the folder of a finished stage") from None
+    except Exception as error:
+        raise UserError(f"{path} cannot be read as a {result_type.__name__}: {error}") from error
+
+
+def _finished(stage: str, out: Path, inputs: dict[str, Any], result_type: type[T]) -> Record[T]:
+    if not (out / RECORD).is_file():
+        raise UserError(f"{out} exists and was not made by this command; choose another --out")
+    record = read_record(out, result_type)
+    if record.stage != stage:
+        raise UserError(f"{out} holds the result of '{record.stage}'; choose another --out for '{stage}'")
+    changed = sorted(key for key in record.inputs.keys() | inputs.keys() if record.inputs.get(key) != inputs.get(key))
+    if changed:
+        raise UserError(
+            f"{out} holds a result made with other {', '.join(changed)}; choose another --out or delete the folder"
+        )
+    print(f"{stage}: {out} is up to date", file=sys.stderr)
+    return record
+
+
+@contextmanager
+def _partial(out: Path, identity: dict[str, Any]) -> Iterator[StageFolder]:
+    path = out.parent / f".{out.name}.partial"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {out.parent}: {error.strerror}") from None
+    with (path / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is working on {out}") from None
+        folder = StageFolder(path)
+        if folder.load(INPUTS) != identity:
+            for entry in path.iterdir():
+                if entry.name != "lock":
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            folder.save(INPUTS, identity)
+        else:
+            print(f"{identity['stage']}: taking up {out} where it stopped", file=sys.stderr)
+        yield folder
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that it is there whole or not at all, whatever happens."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

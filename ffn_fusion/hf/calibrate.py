@@ -1,0 +1,265 @@
+"""Calibrated fusion on a model: two streams, parent and student, go through the layers side by side.
+
+Each layer is in memory only while the streams pass it, so the cost in memory is one block and the streams; the
+whole fit is about one forward pass of the parent and three of the student's changed blocks.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ffn_fusion.core.calibration import RidgeSystem, best_solution
+from ffn_fusion.core.plan import Block, Plan
+from ffn_fusion.hf.checkpoint import Source
+from ffn_fusion.hf.model import ModelFolder, materialise, skeleton, student_arch, student_config
+from ffn_fusion.hf.surgery import Norm, block_recipes
+
+Target = Literal["parent", "unfused"]
+MAX_CHANNELS = 16_384
+"""Widest Gram matrix; wider blocks are fitted a slice of channels at a time."""
+SWEEPS = 2
+HELD_OUT = 8
+"""One calibration window in this many is held out to choose the regularisation."""
+
+
+@dataclass(frozen=True)
+class BlockFit:
+    """What calibration did to one block: held-out error relative to |target - input|^2, and the strengths chosen."""
+
+    block: int
+    name: str
+    error_before: float
+    error_after: float
+    strengths: tuple[float | None, ...]
+
+
+@dataclass
+class Streams:
+    """Where a calibration stands: next block, next parent layer, and both residual streams [windows, length, d]."""
+
+    block: int
+    layer: int
+    parent: Tensor
+    student: Tensor | None
+    """None while the student is still equal to its parent."""
+
+
+def blocks_to_fit(plan: Plan, num_layers: int, target: Target) -> list[int]:
+    """Blocks that differ from the parent's, or are followed by a dropped layer; for "unfused" the fused ones only."""
+    if target == "unfused":
+        return [index for index, block in enumerate(plan.blocks) if block.is_fused]
+    ends = _ends(plan, num_layers)
+    starts = [0, *ends]
+    return [
+        index
+        for index, block in enumerate(plan.blocks)
+        if block.attention is None or block.is_fused or ends[index] - starts[index] > 1
+    ]
+
+
+def _ends(plan: Plan, num_layers: int) -> list[int]:
+    """Parent layer whose input corresponds to each block's output: the next block's first layer."""
+    return [min(block.layers) for block in plan.blocks[1:]] + [num_layers]
+
+
+class Calibration:
+    """Fits the down projections of a student, front to back, so that each fit sees the drift of those before it."""
+
+    def __init__(
+        self,
+        parent: ModelFolder,
+        source: Source,
+        plan: Plan,
+        *,
+        norm: Norm,
+        target: Target,
+        device: torch.device,
+        dtype: torch.dtype,
+        batch_size: int = 4,
+    ) -> None:
+        self.parent, self.source, self.plan, self.norm, self.target = parent, source, plan, norm, target
+        self.device, self.dtype, self.batch_size = device, dtype, batch_size
+        self.arch = student_arch(parent)
+        self._parent_shell = skeleton(parent.config)
+        self._student_shell = skeleton(student_config(parent, plan))
+        self._ends = _ends(plan, parent.num_layers)
+        self.to_fit = blocks_to_fit(plan, parent.num_layers, target)
+
+    @torch.no_grad()
+    def run(self, ids: Tensor, streams: Streams | None = None) -> Iterator[tuple[BlockFit, Tensor, Streams]]:
+        """Yield each fit, the block's new down projection [d, h], and the state to resume from, front to back.
+
+        `ids` is [windows, length]; the last one in `HELD_OUT` windows is held out.
+        """
+        embedded, self._kwargs = self._enter(ids)
+        state = streams or Streams(0, 0, embedded, None)
+        if not self.to_fit:
+            return
+        for index in range(state.block, self.to_fit[-1] + 1):
+            block = self.plan.blocks[index]
+            fitted = index in self.to_fit
+            if state.student is None and fitted:
+                state.student = state.parent.clone()
+            layer = self._student_layer(index, block) if state.student is not None else None
+            if layer is not None and layer.self_attn is not None:
+                self._advance(state.student, lambda x, _layer=layer, _i=block: self._attend(_layer, x, _i))
+            wanted = self._wanted(state, block, index) if fitted else None
+            self._advance_parent(state, self._ends[index])
+            fit = None
+            if fitted and layer is not None:
+                fit = self._fit(index, layer, state.student, state.parent if wanted is None else wanted)
+            if layer is not None:
+                self._advance(state.student, lambda x, _layer=layer: _ffn(_layer, x))
+            state.block = index + 1
+            if fit is not None and layer is not None:
+                yield fit, self._output(layer).weight.data, state
+
+    def _enter(self, ids: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
+        """Embed every window, and record what the family's own forward hands to each layer."""
+        model = skeleton(self.parent.config)
+        trunk = model.model
+        kwargs: list[dict[str, Any]] = []
+        trunk.layers = nn.ModuleList(_Recorder(kwargs) for _ in range(self.parent.num_layers))
+        trunk.norm = nn.Identity()
+        weight = self.source.read("model.embed_tokens.weight").to(self.device, self.dtype)
+        trunk.embed_tokens.weight = nn.Parameter(weight, requires_grad=False)
+        # Rotary frequencies are buffers, empty in a skeleton: build the module again on the device.
+        trunk.rotary_emb = type(trunk.rotary_emb)(config=self.parent.config).to(self.device)
+        embedded = [
+            trunk(input_ids=batch.to(self.device), use_cache=False).last_hidden_state.cpu()
+            for batch in ids.split(self.batch_size)
+        ]
+        return torch.cat(embedded), kwargs[: self.parent.num_layers]
+
+    def _student_layer(self, index: int, block: Block) -> nn.Module:
+        recipes = block_recipes(block, self.source, self.arch, self.norm)
+        makers = {name: recipe.build for name, recipe in recipes.items()}
+        return materialise(self._student_shell.model.layers[index], makers, self.device, self.dtype)
+
+    def _parent_layer(self, index: int) -> nn.Module:
+        prefix = f"model.layers.{index}."
+        names = [name for name in self.source.specs if name.startswith(prefix)]
+        makers = {name.removeprefix(prefix): _reader(self.source, name) for name in names}
+        return materialise(self._parent_shell.model.layers[index], makers, self.device, self.dtype)
+
+    def _advance(self, stream: Tensor, step: Callable[[Tensor], Tensor]) -> None:
+        for start in range(0, len(stream), self.batch_size):
+            batch = stream[start : start + self.batch_size]
+            batch.copy_(step(batch.to(self.device)))
+
+    def _advance_parent(self, state: Streams, end: int) -> None:
+        for index in range(state.layer, end):
+            layer = self._parent_layer(index)
+            self._advance(state.parent, lambda x, _layer=layer, _i=index: _layer(x, **self._layer_kwargs(_i, x)))
+            layer.to("meta")
+        state.layer = end
+
+    def _layer_kwargs(self, layer: int, x: Tensor) -> dict[str, Any]:
+        kwargs = self._kwargs[layer]
+        mask = kwargs.get("attention_mask")
+        return kwargs if mask is None else kwargs | {"attention_mask": mask[: len(x)]}
+
+    def _attend(self, layer: nn.Module, x: Tensor, block: Block) -> Tensor:
+        assert block.attention is not None
+        attended, _ = layer.self_attn(
+            hidden_states=layer.input_layernorm(x), **self._layer_kwargs(block.attention.layer, x)
+        )
+        return layer.add(x, attended)
+
+    def _wanted(self, state: Streams, block: Block, index: int) -> Tensor | None:
+        """Target stream of the block where it is not the parent's own: the members one after the other."""
+        if self.target == "parent" or state.student is None:
+            return None
+        wanted = state.student.clone()
+        for ffn in block.ffns:
+            layer = self._parent_layer(ffn.layer)
+            self._advance(wanted, lambda x, _layer=layer: _ffn(_layer, x))
+        return wanted
+
+    def _fit(self, index: int, layer: nn.Module, student: Tensor, wanted: Tensor) -> BlockFit:
+        width = self._output(layer).in_features
+        slices = [slice(start, min(start + MAX_CHANNELS, width)) for start in range(0, width, MAX_CHANNELS)]
+        errors: list[float] = []
+        strengths: list[float | None] = []
+        for channels in slices * (SWEEPS if len(slices) > 1 else 1):
+            before, after, strength = self._fit_slice(layer, channels, student, wanted)
+            errors = [*errors[:1], before, after] if not errors else [errors[0], after]
+            strengths.append(strength)
+        scale = self._held_out_scale(student, wanted)
+        return BlockFit(index, str(self.plan.blocks[index]), errors[0] / scale, errors[-1] / scale, tuple(strengths))
+
+    def _fit_slice(
+        self, layer: nn.Module, channels: slice, student: Tensor, wanted: Tensor
+    ) -> tuple[float, float, float | None]:
+        output = self._output(layer)
+        system = RidgeSystem(channels.stop - channels.start, output.out_features, self.device)
+        held = _num_held_out(student)
+        for batch in self._batches(student[:-held], wanted[:-held]):
+            system.add(*self._tokens(layer, channels, *batch))
+        held_out = [self._tokens(layer, channels, *batch) for batch in self._batches(student[-held:], wanted[-held:])]
+
+        def error(delta: Tensor | None) -> float:
+            total = 0.0
+            for activations, residual, weights in held_out:
+                left = residual if delta is None else residual - activations.float() @ delta
+                total += float((left.square().sum(-1) * weights).sum())
+            return total
+
+        solution = best_solution(system, error)
+        if solution.delta is not None:
+            weight = output.weight.data
+            weight[:, channels] = (weight[:, channels].float() + solution.delta.T).to(weight.dtype)
+        return solution.error_before, solution.error_after, solution.strength
+
+    def _tokens(self, layer: nn.Module, channels: slice, x: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden activations [N, h], residual [N, d] in the units of the down projection, and weights 1/|x|^2 [N]."""
+        seen: list[Tensor] = []
+        hook = self._output(layer).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        y = _ffn(layer, x)
+        hook.remove()
+        residual = (wanted.float() - y.float()) / layer.residual_multiplier
+        weights = 1 / x.float().square().sum(-1)
+        return seen[0][..., channels].flatten(0, 1), residual.flatten(0, 1), weights.flatten()
+
+    def _batches(self, student: Tensor, wanted: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        for x, y in zip(student.split(self.batch_size), wanted.split(self.batch_size), strict=True):
+            yield x.to(self.device), y.to(self.device)
+
+    def _held_out_scale(self, student: Tensor, wanted: Tensor) -> float:
+        held = _num_held_out(student)
+        x, y = student[-held:].float(), wanted[-held:].float()
+        return float(((y - x).square().sum(-1) / x.square().sum(-1)).sum())
+
+    def _output(self, layer: nn.Module) -> nn.Linear:
+        output = getattr(layer.mlp, self.arch.output)
+        assert isinstance(output, nn.Linear)
+        return output
+
+
+class _Recorder(nn.Module):
+    """Stands in for a decoder layer and keeps what it is called with."""
+
+    def __init__(self, kwargs: list[dict[str, Any]]) -> None:
+        super().__init__()
+        self._kwargs = kwargs
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        self._kwargs.append(kwargs)
+        return hidden_states
+
+
+def _ffn(layer: nn.Module, x: Tensor) -> Tensor:
+    """The FFN half of a block: x + mlp(norm(x))."""
+    result: Tensor = layer.add(x, layer.mlp(layer.post_attention_layernorm(x)))
+    return result
+
+
+def _num_held_out(stream: Tensor) -> int:
+    return max(1, len(stream) // HELD_OUT)
+
+
+def _reader(source: Source, name: str) -> Callable[[], Tensor]:
+    return lambda: source.read(name)

@@ -1,0 +1,238 @@
+"""Parents and students as models: one class for both, built from a folder, a configuration or single blocks."""
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from ffn_fusion.core.fusion import padded_width
+from ffn_fusion.core.plan import Attention, Block, Ffn, Plan
+from ffn_fusion.errors import UserError
+from ffn_fusion.hf.arch import Arch, arch_of, family, why_not_decilm
+from ffn_fusion.hf.checkpoint import Checkpoint, Spec, fingerprint, read_json
+from ffn_fusion.hf.remote import configuration_ffn_fusion as student_config_file
+from ffn_fusion.hf.remote import modeling_ffn_fusion as student_model_file
+
+PLAN_FILE = "plan.json"
+DECILM_FIELDS = (
+    "vocab_size hidden_size num_attention_heads num_key_value_heads hidden_act max_position_embeddings "
+    "initializer_range rms_norm_eps pad_token_id bos_token_id eos_token_id tie_word_embeddings rope_parameters dtype"
+).split()
+_NO_ATTENTION = dict.fromkeys(("sparsify", "num_sink_tokens", "window_length")) | dict.fromkeys(
+    ("replace_with_linear", "unshifted_sink", "use_prefill_window_in_sink_attention"), False
+)
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A checked model folder, parent or student: configuration, family row, and the weights' headers."""
+
+    folder: Path
+
+    @cached_property
+    def raw_config(self) -> dict[str, Any]:
+        return read_json(self.folder / "config.json")
+
+    @cached_property
+    def arch(self) -> Arch:
+        return arch_of(str(self.raw_config.get("model_type")))
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        return Checkpoint(self.folder)
+
+    @cached_property
+    def config(self) -> Any:
+        """The folder's configuration as one of our classes, `block_configs` filled in for an ordinary parent."""
+        raw = {name: value for name, value in self.raw_config.items() if name not in ("model_type", "auto_map")}
+        if self.raw_config.get("quantization_config"):
+            raise UserError(f"{self.folder} is quantised; fuse the unquantised checkpoint and quantise the student")
+        config_class = model_class(self.arch).config_class
+        if "block_configs" in raw:
+            raw = {name: value for name, value in raw.items() if value is not None}
+            return _build_config(config_class, raw, self.folder)
+        config = _build_config(config_class, raw, self.folder)
+        group = config.num_attention_heads // config.num_key_value_heads
+        entry = {"attention": {"no_op": False, "n_heads_in_group": group}}
+        entry["ffn"] = {"no_op": False, "intermediate_size": config.intermediate_size}
+        return _build_config(config_class, raw | {"block_configs": [entry] * config.num_hidden_layers}, self.folder)
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The model's blocks named as source layers of the folder itself: the plan that changes nothing."""
+        blocks = [
+            Block(None if entry.attention.no_op else Attention(layer), () if entry.ffn.no_op else (Ffn(layer),))
+            for layer, entry in enumerate(self.config.block_configs)
+        ]
+        return Plan(tuple(block for block in blocks if block.layers))
+
+    @property
+    def is_student(self) -> bool:
+        return (self.folder / PLAN_FILE).is_file()
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.config.num_hidden_layers)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when a file of the model does."""
+        return fingerprint([self.folder / "config.json", *self.folder.glob("*.safetensors")])
+
+    def check(self) -> None:
+        """Compare every weight's shape with what the configuration asks for; raises `UserError` at the first misfit."""
+        expected = expected_specs(self.config)
+        specs = self.checkpoint.specs
+        for name, shape in expected.items():
+            if name not in specs:
+                raise UserError(f"{self.folder} lacks tensor {name}, which its config.json asks for")
+            if specs[name].shape != shape:
+                raise UserError(
+                    f"tensor {name} in {self.folder} has shape {list(specs[name].shape)}; config.json asks for {list(shape)}"
+                )
+
+    def check_plan(self, plan: Plan) -> None:
+        """A plan for this parent names only sublayers that it has."""
+        for kind, named, held in (
+            ("attention", plan.attention_layers, self.plan.attention_layers),
+            ("FFN", plan.ffn_layers, self.plan.ffn_layers),
+        ):
+            extra = sorted(set(named) - set(held))
+            if extra:
+                raise UserError(f"the plan names {kind} {extra[0]}, which {self.folder} does not have ({len(held)} there)")
+
+    def load(self, dtype: torch.dtype, device_map: str) -> PreTrainedModel:
+        """The model in memory, in evaluation mode, its layers editable."""
+        self.check()
+        with quiet_transformers():
+            model = model_class(self.arch).from_pretrained(
+                self.folder, config=self.config, dtype=dtype, device_map=device_map
+            )
+        return model.eval()
+
+
+def _build_config(config_class: Any, raw: dict[str, Any], folder: Path) -> Any:
+    try:
+        return config_class.from_dict(raw)
+    except Exception as error:  # strict dataclasses raise several types of their own
+        raise UserError(f"{folder / 'config.json'} is not valid: {' '.join(str(error).split())}") from None
+
+
+def model_class(arch: Arch) -> Any:
+    return getattr(student_model_file, arch.class_name)
+
+
+def student_arch(parent: ModelFolder) -> Arch:
+    """The student's row: the portable nemotron-nas layout wherever the parent fits into it."""
+    return arch_of("nemotron-nas") if why_not_decilm(parent.raw_config) is None else parent.arch
+
+
+def student_config(parent: ModelFolder, plan: Plan) -> Any:
+    """Configuration of the student that `plan` makes of `parent`, in one of our classes."""
+    source, arch = parent.config, student_arch(parent)
+    fields = source.to_dict()
+    fields.pop("layer_types", None) if arch is not parent.arch else None
+    if arch.class_name == "DeciLMForCausalLM":
+        fields = {name: fields[name] for name in DECILM_FIELDS if name in fields}
+    for name in arch.layer_lists:
+        if isinstance(fields.get(name), list):
+            fields[name] = [fields[name][block.layers[0]] for block in plan.blocks]
+    widths = source.ffn_widths
+    fields["block_configs"] = [
+        {
+            "attention": _attention_entry(block, source),
+            "ffn": _ffn_entry(sum(widths[ffn.layer] for ffn in block.ffns), source.hidden_size),
+        }
+        for block in plan.blocks
+    ]
+    fields["num_hidden_layers"] = len(plan.blocks)
+    config_class = model_class(arch).config_class
+    fields.pop("model_type", None)
+    config = config_class.from_dict(fields)
+    config.architectures = [arch.class_name]
+    config.auto_map = {
+        "AutoConfig": f"configuration_ffn_fusion.{config_class.__name__}",
+        "AutoModelForCausalLM": f"modeling_ffn_fusion.{arch.class_name}",
+    }
+    return config
+
+
+def _attention_entry(block: Block, source: Any) -> dict[str, Any]:
+    group = source.block_configs[block.attention.layer].attention["n_heads_in_group"] if block.attention else None
+    return {"no_op": block.attention is None, "n_heads_in_group": group, **_NO_ATTENTION}
+
+
+def _ffn_entry(width: int, hidden_size: int) -> dict[str, Any]:
+    padded = padded_width(width, student_config_file.WIDTH_MULTIPLE)
+    mult = 1.5 * padded / hidden_size
+    assert student_config_file.width_of(mult, hidden_size) == padded
+    return {"no_op": False, "replace_with_linear": False, "ffn_mult": mult, "sparsify": None}
+
+
+def skeleton(config: Any) -> PreTrainedModel:
+    """The model without memory: every weight on the meta device."""
+    with torch.device("meta"):
+        return _class_of(config)(config).eval()
+
+
+def _class_of(config: Any) -> Any:
+    return getattr(student_model_file, type(config).__name__.removesuffix("Config") + "ForCausalLM")
+
+
+def expected_specs(config: Any) -> dict[str, tuple[int, ...]]:
+    """Shape of every weight a checkpoint of this configuration holds; a tied head is not stored."""
+    model = skeleton(config)
+    tied = set(model._tied_weights_keys or {}) if config.tie_word_embeddings else set()
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
+
+
+class ResidentSource:
+    """The weights of a model in memory, as a source to build blocks from."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._tensors: Mapping[str, Tensor] = model.state_dict()
+        self.specs = {name: Spec(tuple(tensor.shape), tensor.dtype) for name, tensor in self._tensors.items()}
+
+    def read(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+
+def materialise(layer: nn.Module, tensors: Mapping[str, Callable[[], Tensor]], device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """Give a skeleton's layer its weights, one at a time."""
+    for name, make in tensors.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(layer.get_submodule(owner), leaf, nn.Parameter(make().to(device, dtype), requires_grad=False))
+    return layer
+
+
+def copy_companions(parent: Path, student: Path) -> None:
+    """Tokenizer, chat template and generation settings travel as they are; our two model files are added."""
+    for pattern in ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*", "generation_config.json", "LICENSE*"):
+        for path in parent.glob(pattern):
+            if path.is_file():
+                shutil.copyfile(path, student / path.name)
+    for module in (student_config_file, student_model_file):
+        path = Path(str(module.__file__))
+        shutil.copyfile(path, student / path.name)
+
+
+def family_of(folder: ModelFolder) -> str:
+    return family(str(folder.raw_config["model_type"]))
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Our own progress bar is enough: silence transformers' while it loads."""
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.enable_progress_bar()

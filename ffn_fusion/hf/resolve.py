@@ -1,0 +1,103 @@
+"""A model's name → a checked local folder of safetensors: folder, GGUF file, Hub id or builtin."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from tokenizers import pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerBase
+
+from ffn_fusion.errors import UserError
+from ffn_fusion.hf.builtin import MODELS, PREFIX, cache_folder, fetch_model, new_folder
+from ffn_fusion.hf.model import ModelFolder, quiet_transformers
+
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "LICENSE*"]
+
+
+def resolve_model(name: str) -> ModelFolder:
+    """The local folder behind a model's name, fetched or converted on first use; `UserError` says what is wrong."""
+    path = Path(name).expanduser()
+    if name.startswith(PREFIX):
+        model = ModelFolder(_builtin(name.removeprefix(PREFIX)))
+    elif path.is_dir():
+        model = ModelFolder(path)
+    elif path.suffix == ".gguf":
+        model = ModelFolder(_gguf(path))
+    elif path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
+        raise UserError(f"{path} is a pickle file, which can run code when read; convert it to safetensors")
+    else:
+        model = ModelFolder(_hub(name))
+    model.check()
+    return model
+
+
+def load_tokenizer(model: ModelFolder, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The model's tokenizer; `UserError` if there is none or its ids exceed the vocabulary."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model.folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises many types here, all meaning the same to a user
+        raise UserError(f"{model.folder} has no usable tokenizer: {' '.join(str(error).split())[:200]}") from None
+    if len(tokenizer) > model.config.vocab_size:
+        raise UserError(
+            f"the tokenizer in {model.folder} has {len(tokenizer)} entries, the model's vocabulary {model.config.vocab_size}"
+        )
+    return tokenizer
+
+
+def _builtin(name: str) -> Path:
+    if name not in MODELS:
+        raise UserError(f"no builtin model {name!r}; there are {', '.join(MODELS)}")
+
+    def convert(partial: Path) -> None:
+        path = fetch_model(name, partial)
+        _convert(path, partial, split_digits=MODELS[name].split_digits)
+        path.unlink()
+
+    return _cached(cache_folder() / "models" / name, convert)
+
+
+def _gguf(path: Path) -> Path:
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
+    stat = path.stat()
+    key = hashlib.sha256(f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    return _cached(cache_folder() / "gguf" / f"{path.stem}-{key}", lambda partial: _convert(path, partial))
+
+
+def _cached(folder: Path, make: Callable[[Path], object]) -> Path:
+    if not folder.is_dir():
+        with new_folder(folder) as partial:
+            make(partial)
+    return folder
+
+
+def _convert(path: Path, out: Path, split_digits: bool = False) -> None:
+    """GGUF → bf16 safetensors with tokenizer and chat template, weights dequantised."""
+    try:
+        with quiet_transformers():
+            model = AutoModelForCausalLM.from_pretrained(
+                path.parent, gguf_file=path.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+            )
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            model.save_pretrained(out)
+    except (ValueError, KeyError, OSError, RuntimeError) as error:
+        raise UserError(f"transformers cannot read {path}: {' '.join(str(error).split())[:200]}") from None
+    if split_digits:
+        # The GGUF keeps only the byte-level step; the model was trained with single digits (docs/notebook.md).
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+        )
+    tokenizer.save_pretrained(out)
+
+
+def _hub(name: str) -> Path:
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+    except HFValidationError:
+        raise UserError(f"{name} is no folder, no GGUF file, no Hub id and no {PREFIX}name") from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{name} is no local folder, and the Hub did not give it: {reason}") from None

@@ -1,0 +1,172 @@
+"""Plan and parent → the recipe of every student tensor. Recipes know their shapes before any weight is read."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ffn_fusion.core import fusion
+from ffn_fusion.core.plan import Block, Plan
+from ffn_fusion.errors import UserError
+from ffn_fusion.hf.arch import ATTENTION, ATTENTION_NORM, FFN, FFN_NORM, Arch
+from ffn_fusion.hf.checkpoint import Source, Spec
+from ffn_fusion.hf.remote.configuration_ffn_fusion import WIDTH_MULTIPLE
+
+Norm = Literal["folded", "last"]
+LAYER = "model.layers.{}."
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one student tensor is made: its shape, the source tensors it uses, and the function that makes it."""
+
+    spec: Spec
+    sources: tuple[str, ...]
+    build: Callable[[], Tensor]
+
+
+def student_recipes(plan: Plan, source: Source, arch: Arch, norm: Norm) -> dict[str, Recipe]:
+    """A recipe for every tensor of the student, in the order of a forward pass.
+
+    Raises `UserError` where the algebra cannot express the plan on this parent.
+    """
+    outside = [name for name in source.specs if not name.startswith("model.layers.")]
+    head = [name for name in outside if not name.startswith("model.embed_tokens.")]
+    recipes = {name: _copy(source, name) for name in outside if name not in head}
+    for index, block in enumerate(plan.blocks):
+        prefix = LAYER.format(index)
+        recipes |= {prefix + name: recipe for name, recipe in block_recipes(block, source, arch, norm).items()}
+    return recipes | {name: _copy(source, name) for name in head}
+
+
+def dropped_tensors(recipes: dict[str, Recipe], source: Source) -> list[str]:
+    """Source tensors that no recipe uses: what the plan removes, and the norms it replaces."""
+    used = {name for recipe in recipes.values() for name in recipe.sources}
+    return sorted(set(source.specs) - used)
+
+
+def block_recipes(block: Block, source: Source, arch: Arch, norm: Norm) -> dict[str, Recipe]:
+    """Recipes of one block, by tensor name within its layer."""
+    recipes: dict[str, Recipe] = {}
+    if block.attention:
+        for part in (ATTENTION_NORM, ATTENTION):
+            recipes |= _copies(source, LAYER.format(block.attention.layer), part)
+    return recipes | _FfnRecipes(block, source, arch, norm).all()
+
+
+def _copies(source: Source, prefix: str, part: str) -> dict[str, Recipe]:
+    start = f"{prefix}{part}."
+    return {name.removeprefix(prefix): _copy(source, name) for name in source.specs if name.startswith(start)}
+
+
+def _copy(source: Source, name: str) -> Recipe:
+    return Recipe(source.specs[name], (name,), lambda: source.read(name))
+
+
+class _FfnRecipes:
+    """The FFN of one block: one member copied or padded, or several fused."""
+
+    def __init__(self, block: Block, source: Source, arch: Arch, norm: Norm) -> None:
+        self.prefixes = [LAYER.format(ffn.layer) for ffn in block.ffns]
+        self.source, self.arch = source, arch
+        self.folds = block.is_fused and norm == "folded"
+        self.width = fusion.padded_width(sum(map(self._width, self.prefixes)), WIDTH_MULTIPLE)
+        self.hidden_size, self.dtype = self._spec(self.prefixes[0], f"{FFN}.{arch.output}.weight")
+        self._check()
+
+    def all(self) -> dict[str, Recipe]:
+        recipes = dict(self._norm())
+        for name in self.arch.inputs:
+            recipes[f"{FFN}.{name}.weight"] = self._input_weight(name)
+            if self._has(f"{FFN}.{name}.bias"):
+                recipes[f"{FFN}.{name}.bias"] = self._input_bias(name)
+        recipes[f"{FFN}.{self.arch.output}.weight"] = self._output_weight()
+        bias = f"{FFN}.{self.arch.output}.bias"
+        if self._has(bias):
+            names = self._names(bias)
+            recipes[bias] = self._recipe((self.hidden_size,), names, lambda: fusion.sum_biases([*map(self.source.read, names)]))
+        return recipes
+
+    def _norm(self) -> Iterator[tuple[str, Recipe]]:
+        for part, kept in (("weight", 1.0 - self.arch.norm_offset), ("bias", 0.0)):
+            name = f"{FFN_NORM}.{part}"
+            if not self._has(name):
+                continue
+            last = self.prefixes[-1] + name
+            spec = self.source.specs[last]
+            if self.folds:
+                yield name, Recipe(spec, (), lambda spec=spec, kept=kept: torch.full(spec.shape, kept, dtype=spec.dtype))  # type: ignore[misc]
+            else:
+                yield name, _copy(self.source, last)
+
+    def _input_weight(self, name: str) -> Recipe:
+        weights = self._names(f"{FFN}.{name}.weight")
+        gains = self._names(f"{FFN_NORM}.weight") if self.folds else ()
+        rows = self.arch.parts * self.width
+
+        def build() -> Tensor:
+            parts = [
+                fusion.stack_rows((self._member(i, name, part) for i in range(len(weights))), self.width)
+                for part in range(self.arch.parts)
+            ]
+            return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+        return self._recipe((rows, self.hidden_size), weights + gains, build)
+
+    def _member(self, index: int, name: str, part: int) -> Tensor:
+        prefix = self.prefixes[index]
+        weight = self.source.read(f"{prefix}{FFN}.{name}.weight").chunk(self.arch.parts)[part]
+        if not self.folds:
+            return weight
+        gain = self.source.read(f"{prefix}{FFN_NORM}.weight")
+        return fusion.scale_columns(weight, gain.to(fusion.wide(gain.dtype)) + self.arch.norm_offset)
+
+    def _input_bias(self, name: str) -> Recipe:
+        biases = self._names(f"{FFN}.{name}.bias")
+        norm_bias = f"{FFN_NORM}.bias"
+        extra = self._names(norm_bias) + self._names(f"{FFN}.{name}.weight") if self.folds and self._has(norm_bias) else ()
+
+        def member(prefix: str) -> Tensor:
+            bias = self.source.read(f"{prefix}{FFN}.{name}.bias")
+            if not extra:
+                return bias
+            weight = self.source.read(f"{prefix}{FFN}.{name}.weight")
+            return fusion.fold_bias(weight, self.source.read(prefix + norm_bias), bias)
+
+        return self._recipe(
+            (self.width,), biases + extra, lambda: fusion.stack_rows(map(member, self.prefixes), self.width)
+        )
+
+    def _output_weight(self) -> Recipe:
+        names = self._names(f"{FFN}.{self.arch.output}.weight")
+        return self._recipe(
+            (self.hidden_size, self.width),
+            names,
+            lambda: fusion.stack_columns(map(self.source.read, names), self.width),
+        )
+
+    def _check(self) -> None:
+        """Refuse what has no exact fused form: a norm bias without an FFN bias to fold it into."""
+        no_slot = not self._has(f"{FFN}.{self.arch.inputs[0]}.bias")
+        if self.folds and no_slot and self._has(f"{FFN_NORM}.bias"):
+            raise UserError(
+                "the FFN norm has a bias and the FFN has none to fold it into; use --norm last to keep the last norm"
+            )
+
+    def _recipe(self, shape: tuple[int, ...], sources: tuple[str, ...], build: Callable[[], Tensor]) -> Recipe:
+        return Recipe(Spec(shape, self.dtype), sources, build)
+
+    def _names(self, name: str) -> tuple[str, ...]:
+        return tuple(prefix + name for prefix in self.prefixes)
+
+    def _has(self, name: str) -> bool:
+        return self.prefixes[-1] + name in self.source.specs
+
+    def _spec(self, prefix: str, name: str) -> tuple[int, torch.dtype]:
+        spec = self.source.specs[prefix + name]
+        return spec.shape[0], spec.dtype
+
+    def _width(self, prefix: str) -> int:
+        return self.source.specs[f"{prefix}{FFN}.{self.arch.output}.weight"].shape[1]

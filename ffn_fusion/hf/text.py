@@ -1,0 +1,155 @@
+"""Text → windows of token ids: local files, folders, JSONL, parquet, Hub datasets and builtins, reproducibly."""
+
+import hashlib
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ffn_fusion.errors import UserError
+from ffn_fusion.hf.builtin import PREFIX, builtin_text
+
+Part = Literal["all", "measure", "fit"]
+PIECE_CHARS = 20_000
+MEASURE_SHARE = 8
+PLAIN = (".txt", ".md", ".rst")
+
+
+@dataclass(frozen=True)
+class Windows:
+    """`ids` [num_windows, length] and what they came from."""
+
+    ids: Tensor
+    num_bytes: tuple[int, ...]
+    sources: tuple[str, ...]
+    digest: str
+
+    @property
+    def num_tokens(self) -> int:
+        return self.ids.numel()
+
+
+def read_windows(
+    specs: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    length: int,
+    count: int,
+    part: Part = "all",
+    column: str = "text",
+    seed: int = 0,
+) -> Windows:
+    """`count` windows of `length` tokens from the named texts, the same ones for the same arguments.
+
+    Documents are cut into pieces, shuffled by `seed` and tokenised until there are enough. `part` divides the pieces
+    in two: "measure" (one in eight) for scores, "fit" for calibration, so that the two never share text.
+    """
+    pieces = [piece for spec in specs for document in _documents(spec, column) for piece in _pieces(document)]
+    if part != "all":
+        pieces = [p for i, p in enumerate(pieces) if (i % MEASURE_SHARE == 0) == (part == "measure")]
+    random.Random(seed).shuffle(pieces)
+    ids: list[int] = []
+    for piece in pieces:
+        ids += tokenizer(piece, verbose=False)["input_ids"]
+        if len(ids) >= length * count:
+            break
+    if len(ids) < length * count:
+        raise UserError(
+            f"text {', '.join(specs)} has {len(ids)} tokens to {part}; {count} windows of {length} need {length * count}"
+        )
+    tensor = torch.tensor(ids[: length * count]).view(count, length)
+    num_bytes = tuple(len(tokenizer.decode(row[1:]).encode()) for row in tensor)
+    digest = hashlib.sha256(tensor.numpy().tobytes()).hexdigest()[:16]
+    return Windows(tensor, num_bytes, tuple(specs), digest)
+
+
+def _pieces(document: str) -> Iterator[str]:
+    start = 0
+    while start < len(document):
+        end = start + PIECE_CHARS
+        if end < len(document):
+            end = document.rfind("\n", start, end) + 1 or end
+            end = end if end > start else start + PIECE_CHARS
+        if document[start:end].strip():
+            yield document[start:end].rstrip() + "\n\n"
+        start = end
+
+
+def _documents(spec: str, column: str) -> list[str]:
+    if spec.startswith(PREFIX):
+        return builtin_text(spec.removeprefix(PREFIX))
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.suffix in (*PLAIN, ".jsonl", ".parquet", ".arrow"))
+        if not files:
+            raise UserError(f"{path} holds no text files ({', '.join(PLAIN)}, .jsonl, .parquet, .arrow)")
+        return [document for file in files for document in _file(file, column)]
+    if path.is_file():
+        return _file(path, column)
+    return _hub_dataset(spec, column)
+
+
+def _file(path: Path, column: str) -> list[str]:
+    if path.suffix == ".jsonl":
+        return [_field(row, column, path) for row in _json_lines(path)]
+    if path.suffix in (".parquet", ".arrow"):
+        return _table_column(path, column)
+    try:
+        return [path.read_text(encoding="utf-8")]
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text") from None
+
+
+def _json_lines(path: Path) -> Iterator[dict[str, object]]:
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path} line {number} is not JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{path} line {number} is no JSON object")
+        yield row
+
+
+def _field(row: dict[str, object], column: str, path: Path) -> str:
+    if not isinstance(row.get(column), str):
+        raise UserError(f"{path} has no text column {column!r}; it has {', '.join(row)} (choose with --column)")
+    return str(row[column])
+
+
+def _table_column(path: Path, column: str) -> list[str]:
+    try:
+        table = pq.read_table(path) if path.suffix == ".parquet" else pa.ipc.open_stream(path).read_all()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if column not in table.column_names:
+        raise UserError(f"{path} has no column {column!r}; it has {', '.join(table.column_names)} (choose with --column)")
+    return [text for text in table[column].to_pylist() if isinstance(text, str)]
+
+
+def _hub_dataset(spec: str, column: str) -> list[str]:
+    """``owner/name`` or ``owner/name:split`` through the datasets library (extra `hub`)."""
+    try:
+        import datasets  # optional and slow to import
+    except ImportError:
+        raise UserError(
+            f"{spec} is no local file or folder; for a Hub dataset install the extra: pip install 'ffn-fusion[hub]'"
+        ) from None
+    name, _, split = spec.partition(":")
+    try:
+        data = datasets.load_dataset(name, split=split or "train")
+    except Exception as error:  # datasets raises many types; all mean that the text cannot be had
+        raise UserError(f"Hub dataset {spec} cannot be read: {' '.join(str(error).split())[:200]}") from None
+    if column not in data.column_names:
+        raise UserError(f"{spec} has no column {column!r}; it has {', '.join(data.column_names)} (choose with --column)")
+    return [text for text in data[column] if isinstance(text, str)]

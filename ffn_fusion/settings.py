@@ -53,3 +53,52 @@ class Text:
     column: str = "text"
     length: int = 512
     seed: int = 0
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Fusion:
+    """How FFNs are fused.
+
+    Parameters
+    ----------
+    norm
+        "folded" keeps each member's norm gain, "last" uses the last member's norm for all (the paper's rule).
+    calibrate
+        Refit the down projections of changed blocks to the parent's own stream, to the unfused run, or not at all.
+    fit_windows
+        Windows of text to fit on; one in eight of them is held out to choose the regularisation.
+    """
+
+    norm: Literal["folded", "last"] = "folded"
+    calibrate: Literal["parent", "unfused", "none"] = "parent"
+    fit_windows: int = 64
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """How far to go. At least one of the first two is needed.
+
+    Parameters
+    ----------
+    remove_attention
+        How many attentions to remove.
+    max_kl
+        KL to the parent, in nats a token, that neither removing nor fusing may exceed.
+    fusion_slack
+        Without `max_kl`: how far fused and calibrated may exceed the KL of the unfused plan, as a share of it.
+    max_fused_width
+        Widest fused FFN, in channels.
+    skip_last
+        Leave the last FFN of each run out of its group, as the paper does.
+    candidates
+        Attentions re-scored in each greedy step.
+    """
+
+    remove_attention: int | None = None
+    max_kl: float | None = None
+    fusion_slack: float = 0.25
+    max_fused_width: int | None = None
+    skip_last: bool = False
+    candidates: int = 6

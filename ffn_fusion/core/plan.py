@@ -185,6 +185,14 @@ class Plan:
         fused = Block(span[0].attention, tuple(ffn for block in span for ffn in block.ffns))
         return Plan(self.blocks[: held[0]] + (fused,) + self.blocks[held[-1] + 1 :])
 
+    def unfused(self) -> "Plan":
+        """The plan with every fused FFN taken apart into its members, one after the other."""
+        blocks = []
+        for block in self.blocks:
+            blocks.append(Block(block.attention, block.ffns[:1]))
+            blocks += [Block(None, (ffn,)) for ffn in block.ffns[1:]]
+        return Plan(tuple(blocks))
+
     def runs(self) -> list[tuple[int, ...]]:
         """Longest lists of source layers whose FFNs may share an input: no attention stands between them."""
         runs: list[list[int]] = []

@@ -6,18 +6,20 @@ whole fit is about one forward pass of the parent and three of the student's cha
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ffn_fusion.core.calibration import RidgeSystem, best_solution
 from ffn_fusion.core.plan import Block, Plan
+from ffn_fusion.errors import UserError
 from ffn_fusion.hf.checkpoint import Source
+from ffn_fusion.hf.arch import FFN
 from ffn_fusion.hf.model import ModelFolder, materialise, skeleton, student_arch, student_config
-from ffn_fusion.hf.surgery import Norm, block_recipes
+from ffn_fusion.hf.surgery import block_recipes
+from ffn_fusion.settings import Fusion
 
-Target = Literal["parent", "unfused"]
 MAX_CHANNELS = 16_384
 """Widest Gram matrix; wider blocks are fitted a slice of channels at a time."""
 SWEEPS = 2
@@ -47,7 +49,7 @@ class Streams:
     """None while the student is still equal to its parent."""
 
 
-def blocks_to_fit(plan: Plan, num_layers: int, target: Target) -> list[int]:
+def blocks_to_fit(plan: Plan, num_layers: int, target: str) -> list[int]:
     """Blocks that differ from the parent's, or are followed by a dropped layer; for "unfused" the fused ones only."""
     if target == "unfused":
         return [index for index, block in enumerate(plan.blocks) if block.is_fused]
@@ -74,19 +76,26 @@ class Calibration:
         source: Source,
         plan: Plan,
         *,
-        norm: Norm,
-        target: Target,
+        fusion: Fusion,
         device: torch.device,
         dtype: torch.dtype,
         batch_size: int = 4,
     ) -> None:
-        self.parent, self.source, self.plan, self.norm, self.target = parent, source, plan, norm, target
+        assert fusion.calibrate != "none"
+        if not plan.is_ordered:
+            raise UserError("a plan that reorders layers has no target to be fitted to; use --calibrate none")
+        self.parent, self.source, self.plan = parent, source, plan
+        self.norm, self.target = fusion.norm, fusion.calibrate
         self.device, self.dtype, self.batch_size = device, dtype, batch_size
         self.arch = student_arch(parent)
         self._parent_shell = skeleton(parent.config)
         self._student_shell = skeleton(student_config(parent, plan))
         self._ends = _ends(plan, parent.num_layers)
-        self.to_fit = blocks_to_fit(plan, parent.num_layers, target)
+        self.to_fit = blocks_to_fit(plan, parent.num_layers, self.target)
+
+    def output_name(self, block: int) -> str:
+        """Name of the tensor that a fit of this block replaces."""
+        return f"model.layers.{block}.{FFN}.{self.arch.output}.weight"
 
     @torch.no_grad()
     def run(self, ids: Tensor, streams: Streams | None = None) -> Iterator[tuple[BlockFit, Tensor, Streams]]:

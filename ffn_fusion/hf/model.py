@@ -213,6 +213,15 @@ def materialise(layer: nn.Module, tensors: Mapping[str, Callable[[], Tensor]], d
     return layer
 
 
+def assemble(parent: ModelFolder, plan: Plan, tensors: Mapping[str, Callable[[], Tensor]], like: PreTrainedModel) -> PreTrainedModel:
+    """A student in memory, its weights on the device and in the dtype of the model `like`; equal tensors are shared."""
+    model = skeleton(student_config(parent, plan))
+    materialise(model, tensors, like.device, like.dtype)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(like.device)
+    model.tie_weights()
+    return model
+
+
 def copy_companions(parent: Path, student: Path) -> None:
     """Tokenizer, chat template and generation settings travel as they are; our two model files are added."""
     for pattern in ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*", "generation_config.json", "LICENSE*"):

@@ -1,4 +1,4 @@
-"""A model's name → a checked local folder of safetensors: folder, GGUF file, Hub id or builtin."""
+"""What a user names → what the stages work on: a checked model folder, its tokenizer, a plan."""
 
 import hashlib
 from collections.abc import Callable
@@ -10,6 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerBase
 
+from ffn_fusion.core.plan import Plan
 from ffn_fusion.errors import UserError
 from ffn_fusion.hf.builtin import MODELS, PREFIX, cache_folder, fetch_model, new_folder
 from ffn_fusion.hf.model import ModelFolder, quiet_transformers
@@ -45,6 +46,15 @@ def load_tokenizer(model: ModelFolder, trust_remote_code: bool = False) -> PreTr
             f"the tokenizer in {model.folder} has {len(tokenizer)} entries, the model's vocabulary {model.config.vocab_size}"
         )
     return tokenizer
+
+
+def read_plan(text: str) -> Plan:
+    """A plan from its one-line text or from a plan file."""
+    if Path(text).is_file():
+        return Plan.from_json(Path(text).read_text(encoding="utf-8"))
+    if text.endswith(".json"):
+        raise UserError(f"{text} does not exist")
+    return Plan.parse(text)
 
 
 def _builtin(name: str) -> Path:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ffn_fusion.core.records import Sample
 from ffn_fusion.errors import UserError
 from ffn_fusion.hf.builtin import PREFIX, builtin_text
+from ffn_fusion.settings import Text
 
 Part = Literal["all", "measure", "fit"]
 PIECE_CHARS = 20_000
@@ -25,50 +27,39 @@ PLAIN = (".txt", ".md", ".rst")
 
 @dataclass(frozen=True)
 class Windows:
-    """`ids` [num_windows, length] and what they came from."""
+    """`ids` [num_windows, length], the bytes of text in each window after its first token, and their record."""
 
     ids: Tensor
     num_bytes: tuple[int, ...]
-    sources: tuple[str, ...]
-    digest: str
-
-    @property
-    def num_tokens(self) -> int:
-        return self.ids.numel()
+    sample: Sample
 
 
-def read_windows(
-    specs: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    length: int,
-    count: int,
-    part: Part = "all",
-    column: str = "text",
-    seed: int = 0,
-) -> Windows:
-    """`count` windows of `length` tokens from the named texts, the same ones for the same arguments.
+def read_windows(text: Text, tokenizer: PreTrainedTokenizerBase, count: int, part: Part = "all") -> Windows:
+    """`count` windows of `text.length` tokens, the same ones for the same arguments.
 
-    Documents are cut into pieces, shuffled by `seed` and tokenised until there are enough. `part` divides the pieces
-    in two: "measure" (one in eight) for scores, "fit" for calibration, so that the two never share text.
+    Documents are cut into pieces, shuffled by `text.seed` and tokenised until there are enough. `part` divides the
+    pieces in two: "measure" (one in eight) for scores, "fit" for calibration, so that the two never share text.
     """
-    pieces = [piece for spec in specs for document in _documents(spec, column) for piece in _pieces(document)]
+    pieces = [piece for spec in text.text for document in _documents(spec, text.column) for piece in _pieces(document)]
     if part != "all":
         pieces = [p for i, p in enumerate(pieces) if (i % MEASURE_SHARE == 0) == (part == "measure")]
-    random.Random(seed).shuffle(pieces)
+    random.Random(text.seed).shuffle(pieces)
     ids: list[int] = []
+    needed = text.length * count
     for piece in pieces:
         ids += tokenizer(piece, verbose=False)["input_ids"]
-        if len(ids) >= length * count:
+        if len(ids) >= needed:
             break
-    if len(ids) < length * count:
+    if len(ids) < needed:
+        share = "" if part == "all" else f" in its '{part}' part"
         raise UserError(
-            f"text {', '.join(specs)} has {len(ids)} tokens to {part}; {count} windows of {length} need {length * count}"
+            f"text {', '.join(text.text)} has only {len(ids):,} tokens{share}; "
+            f"{count} windows of {text.length} need {needed:,}"
         )
-    tensor = torch.tensor(ids[: length * count]).view(count, length)
+    tensor = torch.tensor(ids[:needed]).view(count, text.length)
     num_bytes = tuple(len(tokenizer.decode(row[1:]).encode()) for row in tensor)
     digest = hashlib.sha256(tensor.numpy().tobytes()).hexdigest()[:16]
-    return Windows(tensor, num_bytes, tuple(specs), digest)
+    return Windows(tensor, num_bytes, Sample(list(text.text), part, count, text.length, text.seed, digest))
 
 
 def _pieces(document: str) -> Iterator[str]:
@@ -108,6 +99,10 @@ def _file(path: Path, column: str) -> list[str]:
         raise UserError(f"{path} is not UTF-8 text") from None
 
 
+def _no_column(where: str, column: str, found: list[str]) -> UserError:
+    return UserError(f"{where} has no text column {column!r}; it has {', '.join(found)} (choose with --column)")
+
+
 def _json_lines(path: Path) -> Iterator[dict[str, object]]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         if not line.strip():
@@ -123,7 +118,7 @@ def _json_lines(path: Path) -> Iterator[dict[str, object]]:
 
 def _field(row: dict[str, object], column: str, path: Path) -> str:
     if not isinstance(row.get(column), str):
-        raise UserError(f"{path} has no text column {column!r}; it has {', '.join(row)} (choose with --column)")
+        raise _no_column(str(path), column, list(row))
     return str(row[column])
 
 
@@ -133,7 +128,7 @@ def _table_column(path: Path, column: str) -> list[str]:
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     if column not in table.column_names:
-        raise UserError(f"{path} has no column {column!r}; it has {', '.join(table.column_names)} (choose with --column)")
+        raise _no_column(str(path), column, table.column_names)
     return [text for text in table[column].to_pylist() if isinstance(text, str)]
 
 
@@ -151,5 +146,5 @@ def _hub_dataset(spec: str, column: str) -> list[str]:
     except Exception as error:  # datasets raises many types; all mean that the text cannot be had
         raise UserError(f"Hub dataset {spec} cannot be read: {' '.join(str(error).split())[:200]}") from None
     if column not in data.column_names:
-        raise UserError(f"{spec} has no column {column!r}; it has {', '.join(data.column_names)} (choose with --column)")
+        raise _no_column(spec, column, data.column_names)
     return [text for text in data[column] if isinstance(text, str)]

@@ -1,0 +1,97 @@
+"""Measures what a plan costs: builds the student in memory, fits it, and takes its KL to the parent."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ffn_fusion.core.losses import Reference, kl_to, reference
+from ffn_fusion.core.plan import Plan
+from ffn_fusion.core.stats import Estimate, estimate
+from ffn_fusion.hf.arch import ATTENTION
+from ffn_fusion.hf.calibrate import Calibration
+from ffn_fusion.hf.machine import pick_device
+from ffn_fusion.hf.model import ModelFolder, ResidentSource, assemble, student_arch
+from ffn_fusion.hf.probe import Pass, record, resume, without
+from ffn_fusion.hf.surgery import student_recipes
+from ffn_fusion.settings import Fusion, Machine
+
+
+class Meter:
+    """Holds a parent in memory with its predictions on the measuring text, and measures students against it.
+
+    Memory: the parent, its probabilities on all measured tokens in float32, and the changed blocks of one student.
+    """
+
+    def __init__(
+        self, parent: ModelFolder, model: PreTrainedModel, measure: Tensor, fit: Tensor, fusion: Fusion, machine: Machine
+    ) -> None:
+        self.parent, self.model, self.fusion, self.machine = parent, model, fusion, machine
+        self._fit = fit
+        self._batches = [batch.to(model.device) for batch in measure.split(machine.batch_size)]
+        self._references = [reference(record(model, ids, outputs=False).logits.flatten(0, 1)) for ids in self._batches]
+        self._counts = [measure.shape[1]] * len(measure)
+        self._source = ResidentSource(model)
+
+    def plain(self, plan: Plan) -> Estimate:
+        """KL of the plan as it is put together, nothing fitted."""
+        return self._kl_of(self._student(plan, {}))
+
+    def fused(self, plan: Plan) -> Estimate:
+        """KL of the plan after the calibration that `fusion` asks for."""
+        if self.fusion.calibrate == "none":
+            return self.plain(plan)
+        calibration = Calibration(
+            self.parent,
+            self._source,
+            plan,
+            fusion=self.fusion,
+            device=pick_device(self.machine),
+            dtype=self.model.dtype,
+            batch_size=self.machine.batch_size,
+        )
+        fits = {calibration.output_name(fit.block): weight for fit, weight, _ in calibration.run(self._fit)}
+        return self._kl_of(self._student(plan, fits))
+
+    def removals(self, removed: list[int], candidates: list[int]) -> dict[int, Estimate]:
+        """KL with the attentions `removed` and each one of `candidates` gone, from the layer where it differs."""
+        sums: dict[int, list[float]] = {layer: [] for layer in candidates}
+        with _without_all(self.model, removed):
+            for ids, ref in zip(self._batches, self._references, strict=True):
+                base = record(self.model, ids, outputs=False)
+                for layer in candidates:
+                    sums[layer] += self._removal(ids, ref, base, layer)
+        return {layer: estimate(per_window, self._counts) for layer, per_window in sums.items()}
+
+    def _removal(self, ids: Tensor, ref: Reference, base: Pass, layer: int) -> list[float]:
+        with without(self.model, layer, ATTENTION):
+            logits = resume(self.model, ids, layer, base.streams[layer])
+        assert logits is not None
+        return _per_window(ref, logits)
+
+    def _student(self, plan: Plan, fits: dict[str, Tensor]) -> PreTrainedModel:
+        recipes = student_recipes(plan, self._source, student_arch(self.parent), self.fusion.norm)
+        makers: dict[str, Callable[[], Tensor]] = {name: recipe.build for name, recipe in recipes.items()}
+        makers |= {name: (lambda weight=weight: weight) for name, weight in fits.items()}  # type: ignore[misc]
+        return assemble(self.parent, plan, makers, self.model)
+
+    @torch.no_grad()
+    def _kl_of(self, student: PreTrainedModel) -> Estimate:
+        sums: list[float] = []
+        for ids, ref in zip(self._batches, self._references, strict=True):
+            sums += _per_window(ref, student(input_ids=ids, use_cache=False).logits)
+        return estimate(sums, self._counts)
+
+
+def _per_window(ref: Reference, logits: Tensor) -> list[float]:
+    per_window: list[float] = kl_to(ref, logits.flatten(0, 1)).view(logits.shape[:2]).sum(1).tolist()
+    return per_window
+
+
+def _without_all(model: PreTrainedModel, layers: list[int]) -> ExitStack:
+    stack = ExitStack()
+    for layer in layers:
+        stack.enter_context(without(model, layer, ATTENTION))
+    return stack

@@ -1,0 +1,280 @@
+"""`report`: the records of the other stages as one self-contained HTML page."""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from ffn_fusion.core.plan import Plan, contiguous
+from ffn_fusion.core.records import (
+    AnalyzeResult,
+    BenchResult,
+    BenchRow,
+    EvalResult,
+    FuseResult,
+    ModelScore,
+    Sample,
+    SearchResult,
+)
+from ffn_fusion.core.stats import Estimate
+from ffn_fusion.errors import UserError
+from ffn_fusion.folder import RECORD, Record, read_record, write_atomically
+from ffn_fusion.stages import figures
+from ffn_fusion.stages.figures import Bar
+
+T = TypeVar("T")
+TYPES: dict[str, type[Any]] = {
+    "analyze": AnalyzeResult,
+    "search": SearchResult,
+    "fuse": FuseResult,
+    "eval": EvalResult,
+    "bench": BenchResult,
+}
+NO_VALUE = "–"
+
+
+@dataclass(frozen=True)
+class Entry(Generic[T]):
+    """A record and the folder that held it."""
+
+    folder: str
+    record: Record[T]
+
+    @property
+    def result(self) -> T:
+        return self.record.result
+
+    def made(self, sample: Sample | None = None) -> str:
+        """Where a figure comes from: n, seed, dtype, device and date."""
+        seed = sample.seed if sample else self.record.inputs.get("seed")
+        text = ""
+        if sample:
+            windows = f"n = {sample.num_windows} windows of {sample.length:,} tokens"
+            text = f"{windows} ({', '.join(sample.sources)}, {sample.part}), "
+        where = self.record.environment
+        return f"{text}seed {'none' if seed is None else seed}, {where.dtype}, {where.device}, {where.date[:10]}"
+
+
+@dataclass(frozen=True)
+class Records:
+    """Everything there is to show, each list in the order in which it was made."""
+
+    analyze: list[Entry[AnalyzeResult]]
+    search: list[Entry[SearchResult]]
+    fuse: list[Entry[FuseResult]]
+    eval: list[Entry[EvalResult]]
+    bench: list[Entry[BenchResult]]
+
+    @property
+    def entries(self) -> list[Entry[Any]]:
+        return [entry for field in fields(self) for entry in getattr(self, field.name)]
+
+    @property
+    def planned(self) -> list[Entry[SearchResult] | Entry[FuseResult]]:
+        """Records that hold a plan, the same plan once."""
+        held: list[Entry[SearchResult] | Entry[FuseResult]] = [*self.search, *self.fuse]
+        return list({entry.result.plan: entry for entry in reversed(held)}.values())[::-1]
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan of the student shown: the last one fused, else the last one found."""
+        last = (self.fuse or self.search)[-1:]
+        return Plan.parse(last[0].result.plan) if last else None
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the parent; without an analysis, the most that any record speaks of."""
+        if self.analyze:
+            return self.analyze[-1].result.num_layers
+        named = [layer for e in self.planned for b in Plan.parse(e.result.plan).blocks for layer in b.layers]
+        benched = [model.num_blocks for entry in self.bench for model in entry.result.models]
+        return max([layer + 1 for layer in named] + benched, default=0)
+
+    @property
+    def parent(self) -> str:
+        """The name of the parent as the earliest stage gave it."""
+        names = [e.result.model for e in self.analyze] + [e.result.parent for e in self.fuse]
+        names += [s.model for e in self.eval for s in e.result.scores if s.kl is None]
+        names += [m.model for e in self.bench for m in e.result.models]
+        return names[0] if names else ""
+
+
+@dataclass(frozen=True)
+class Headline:
+    """One number at the top of the page."""
+
+    name: str
+    value: str
+    note: str
+
+
+def report(*folders: Path, out: Path) -> Path:
+    """Draw the records of finished stages as one HTML page that needs no network.
+
+    Parameters
+    ----------
+    folders
+        Folders of finished stages, or folders that hold such folders.
+    out
+        The page to write, a name that ends in .html; an older page there is replaced.
+
+    Returns
+    -------
+    Path
+        The page.
+    """
+    if out.suffix != ".html" or out.is_dir():
+        raise UserError(f"{out} is no name for a page; choose an --out that ends in .html")
+    page = render(read_all(folders))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(out, page)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}") from None
+    return out
+
+
+def read_all(folders: Sequence[Path]) -> Records:
+    """The records in these folders and in their direct subfolders; `UserError` if there is none to show."""
+    found: dict[str, list[Entry[Any]]] = {stage: [] for stage in TYPES}
+    for folder in _stage_folders(folders):
+        stage = _stage(folder / RECORD)
+        if stage in TYPES:
+            found[stage].append(Entry(folder.resolve().name, read_record(folder, TYPES[stage])))
+    if not any(found.values()):
+        looked = ", ".join(map(str, folders)) or "no folder"
+        raise UserError(f"no {RECORD} of {', '.join(TYPES)} found in {looked}; name the folders of finished stages")
+    return Records(**{stage: sorted(held, key=lambda e: e.record.environment.date) for stage, held in found.items()})
+
+
+def _stage_folders(folders: Sequence[Path]) -> Iterator[Path]:
+    seen = set()
+    for top in folders:
+        if not top.is_dir():
+            raise UserError(f"{top} is no folder; name the folders of finished stages")
+        for folder in [top, *sorted(top.iterdir())]:
+            # A stage at work has a hidden folder: it is not finished.
+            hidden = folder is not top and folder.name.startswith(".")
+            if not hidden and (folder / RECORD).is_file() and folder.resolve() not in seen:
+                seen.add(folder.resolve())
+                yield folder
+
+
+def _stage(path: Path) -> str:
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["stage"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no record of a stage: {error!r}; run that stage again") from error
+
+
+def render(records: Records) -> str:
+    """The page as text."""
+    loader = FileSystemLoader(Path(__file__).parent)
+    jinja = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    jinja.filters |= {"count": "{:,}".format, "sig": "{:.4g}".format, "interval": interval, "contiguous": contiguous}
+    return jinja.get_template("report.html.jinja").render(
+        records=records,
+        plan=records.plan,
+        parse=Plan.parse,
+        identity=Plan.identity,
+        figures=figures,
+        bars=step_bars(records),
+        headlines=[*_quality(records), *_speed(records), *_size(records)],
+        removed=_removed(records),
+        dash=NO_VALUE,
+        columns=_columns(records),
+    )
+
+
+def interval(estimate: Estimate) -> str:
+    """The 95 % interval; one window has none."""
+    return f"{estimate.low:.4g} to {estimate.high:.4g}" if math.isfinite(estimate.stderr) else NO_VALUE
+
+
+def step_bars(records: Records) -> list[Bar]:
+    """Loss of each step: the parent, what the search measured, what `eval` measured on held-out text."""
+    bars = []
+    for search in records.search:
+        result = search.result
+        last = "fused and calibrated" if result.calibrated else "fused"
+        bars += [Bar("attention removed", "search text", result.unfused_kl), Bar(last, "search text", result.kl)]
+    for entry in records.eval:
+        source = "held-out text" if len(records.eval) == 1 else f"held-out text, {entry.folder}"
+        bars += [Bar(score.model, source, score.kl) for score in entry.result.scores if score.kl]
+    return [Bar("parent", "", None), *bars] if bars else []
+
+
+def _student(records: Records) -> tuple[Entry[EvalResult], ModelScore] | None:
+    """The student whose numbers stand at the top: the last one that was evaluated."""
+    compared = [(entry, score) for entry in records.eval for score in entry.result.scores if score.kl]
+    return compared[-1] if compared else None
+
+
+def _quality(records: Records) -> Iterator[Headline]:
+    student = _student(records)
+    if student is None:
+        if records.search:
+            kl = records.search[-1].result.kl
+            yield Headline("KL to parent", f"{kl.mean:.3f}", f"nats a token, {interval(kl)}; on the search's own text")
+        return
+    entry, score = student
+    if score.kl:
+        yield Headline("KL to parent", f"{score.kl.mean:.3f}", f"nats a token, {interval(score.kl)}; {score.model}")
+    if score.top1_agreement:
+        low, high = (f"{end:.1%}" for end in (score.top1_agreement.low, score.top1_agreement.high))
+        note = f"same next token, {low} to {high}" if math.isfinite(score.top1_agreement.stderr) else "same next token"
+        yield Headline("Top-1 agreement", f"{score.top1_agreement.mean:.1%}", note)
+    parent = next((s for s in entry.result.scores if s.kl is None), None)
+    before = f"{parent.perplexity:.2f} → " if parent else ""
+    yield Headline("Perplexity", f"{before}{score.perplexity:.2f}", "parent → student, held-out text")
+
+
+def _speed(records: Records) -> Iterator[Headline]:
+    rows = [row for entry in records.bench for row in entry.result.rows]
+    student = _student(records)
+    own = [row for row in rows if student and row.model == student[1].model]
+    row: BenchRow | None = min(own or [row for row in rows if row.model == rows[-1].model], key=_batch, default=None)
+    if row:
+        name = f"Decode speed-up, batch {row.batch_size}"
+        yield Headline(name, f"{row.decode_speedup:.2f}×", f"{row.decode_ms.median:.2f} ms a token; {row.model}")
+
+
+def _batch(row: BenchRow) -> int:
+    return row.batch_size
+
+
+def _size(records: Records) -> Iterator[Headline]:
+    if records.plan:
+        before = 2 * records.num_layers
+        if records.analyze:
+            result = records.analyze[-1].result
+            before = sum(e is not None for e in result.attention + result.ffn)
+        after = records.plan.num_sublayers
+        yield Headline("Sequential sublayers", f"{before} → {after}", "each one all-reduce a token in parallel serving")
+    if records.fuse:
+        fused = records.fuse[-1].result
+        share = fused.num_parameters / fused.parent_parameters - 1
+        value = f"{_millions(fused.parent_parameters)} → {_millions(fused.num_parameters)}"
+        yield Headline("Parameters", value, f"{share:+.1%}; {fused.parent_parameters:,} → {fused.num_parameters:,}")
+
+
+def _millions(count: int) -> str:
+    for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return str(count)
+
+
+def _removed(records: Records) -> set[int]:
+    """Layers whose attention the plan leaves out."""
+    return set(range(records.num_layers)) - set(records.plan.attention_layers) if records.plan else set()
+
+
+def _columns(records: Records) -> int:
+    """Columns of the plan strips: the parent's layers, or more where a plan is out of order and longer."""
+    longest = [len(Plan.parse(entry.result.plan).ffn_layers) for entry in records.planned]
+    return max([records.num_layers, *longest])

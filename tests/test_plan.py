@@ -1,0 +1,205 @@
+"""Plans: what is one, what is none, and what search and fusion may do to one."""
+
+import json
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from reference import one_line
+
+from ffn_fusion.core.plan import FORMAT, Attention, Block, Ffn, Plan, contiguous
+
+
+@st.composite
+def plans(draw: st.DrawFn, ordered: bool = False) -> Plan:
+    """Any valid plan of up to nine layers: sublayers dropped, fused and (unless `ordered`) reordered."""
+    ffns = draw(st.permutations(range(draw(st.integers(1, 9)))))
+    ffns = ffns[: draw(st.integers(1, len(ffns)))]
+    if ordered:
+        ffns = sorted(ffns)
+    cuts = sorted(draw(st.sets(st.integers(1, len(ffns) - 1)))) if len(ffns) > 1 else []
+    groups = [ffns[a:b] for a, b in zip([0, *cuts], [*cuts, len(ffns)], strict=True)]
+    attentions = draw(st.permutations(range(1, 9)))
+    kept = [draw(st.booleans()) for _ in groups]
+    if ordered:
+        attentions = [group[0] for group in groups]
+    heads = [
+        Attention(0) if i == 0 else Attention(attentions[i - 1 if not ordered else i]) if keep else None
+        for i, keep in enumerate(kept)
+    ]
+    return Plan(tuple(Block(head, tuple(map(Ffn, group))) for head, group in zip(heads, groups, strict=True)))
+
+
+@given(plans())
+def test_text_and_json_give_the_same_plan_back(plan: Plan) -> None:
+    assert Plan.parse(str(plan)) == plan
+    assert Plan.from_json(plan.to_json()) == plan
+    assert Plan.parse("\n ".join(str(plan).split())) == plan
+
+
+@given(plans())
+def test_json_has_one_line_a_block(plan: Plan) -> None:
+    data = json.loads(plan.to_json())
+    assert data["format"] == FORMAT
+    assert len(data["blocks"]) == len(plan.blocks)
+    assert len(plan.to_json().splitlines()) == len(plan.blocks) + 5
+
+
+@given(st.integers(1, 9))
+def test_the_identity_plan_keeps_every_sublayer_in_order(num_layers: int) -> None:
+    plan = Plan.identity(num_layers)
+    assert str(plan) == " ".join(f"A{i}F{i}" for i in range(num_layers))
+    assert plan.attention_layers == plan.ffn_layers == list(range(num_layers))
+    assert plan.num_sublayers == 2 * num_layers
+    assert plan.is_ordered
+    assert plan.groups == plan.runs() == []
+
+
+def test_a_plan_can_be_read_sublayer_by_sublayer() -> None:
+    plan = Plan.parse("A0F0 A1F1+2 -F3 A5F4")
+    assert plan.blocks[1] == Block(Attention(1), (Ffn(1), Ffn(2)))
+    assert plan.blocks[2] == Block(None, (Ffn(3),))
+    assert plan.attention_layers == [0, 1, 5]
+    assert plan.ffn_layers == [0, 1, 2, 3, 4]
+    assert plan.groups == [(1, 2)]
+    assert plan.num_sublayers == 4 + 3
+    assert [block.layers for block in plan.blocks] == [(0,), (1, 2), (3,), (5, 4)]
+    assert [block.is_fused for block in plan.blocks] == [False, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("", "at least one block"),
+        ("   ", "at least one block"),
+        ("A1F1 A2F2", "A1F1"),
+        ("-F0 A1F1", "-F0"),
+        ("A1F0 A0F1", "A1F0"),
+        ("A0F0 A1F1 A1F2", "A1 twice"),
+        ("A0F0 A1F1 A2F1", "F1 twice"),
+        ("A0F0 -F1+2+1", "F1 twice"),
+        ("A0F0 A1", "'A1'"),
+        ("A0F0 A1F", "'A1F'"),
+        ("A0F0 F1", "'F1'"),
+        ("A0F0 -F1+", "'-F1+'"),
+        ("A0F0 A1F1,A2F2", "'A1F1,A2F2'"),
+        ("A0F0 a1f1", "'a1f1'"),
+        ("A0F0 A-1F1", "'A-1F1'"),
+        ("A0F0 A1F1 - F2", "'-'"),
+    ],
+)
+def test_what_is_no_plan_is_refused_and_named(text: str, named: str) -> None:
+    one_line(lambda: Plan.parse(text), named)
+
+
+def test_a_block_without_an_ffn_is_refused() -> None:
+    one_line(lambda: Plan((Block(Attention(0), (Ffn(0),)), Block(Attention(1), ()))), "every block needs an FFN")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "no json",
+        "[]",
+        "5",
+        "null",
+        "{}",
+        '{"format": "other/1", "blocks": []}',
+        f'{{"format": "{FORMAT}"}}',
+        f'{{"format": "{FORMAT}", "blocks": 3}}',
+        f'{{"format": "{FORMAT}", "blocks": []}}',
+        f'{{"format": "{FORMAT}", "blocks": ["A0F0"]}}',
+        f'{{"format": "{FORMAT}", "blocks": [{{"attention": {{"layer": 0}}}}]}}',
+        f'{{"format": "{FORMAT}", "blocks": [{{"attention": {{"layer": "x"}}, "ffns": [{{"layer": 0}}]}}]}}',
+        f'{{"format": "{FORMAT}", "blocks": [{{"attention": null, "ffns": [{{"layer": 0}}]}}]}}',
+    ],
+)
+def test_json_that_holds_no_plan_is_refused(text: str) -> None:
+    one_line(lambda: Plan.from_json(text))
+
+
+def test_removing_attention_changes_only_the_blocks_named() -> None:
+    plan = Plan.identity(5)
+    assert str(plan.without_attention([2, 3])) == "A0F0 A1F1 -F2 -F3 A4F4"
+    assert plan.without_attention([]) == plan
+    assert str(plan) == "A0F0 A1F1 A2F2 A3F3 A4F4"
+
+
+def test_attention_that_is_not_there_or_that_engines_need_cannot_be_removed() -> None:
+    plan = Plan.parse("A0F0 -F1 A2F2")
+    one_line(lambda: plan.without_attention([1]), "layer 1")
+    one_line(lambda: plan.without_attention([2, 7]), "layer 7")
+    one_line(lambda: plan.without_attention([0]), "layer 0")
+
+
+def test_fusing_joins_whole_consecutive_blocks() -> None:
+    plan = Plan.parse("A0F0 A1F1 -F2 -F3 A4F4")
+    assert str(plan.fuse([2, 3])) == "A0F0 A1F1 -F2+3 A4F4"
+    assert str(plan.fuse([1, 2, 3])) == "A0F0 A1F1+2+3 A4F4"
+    assert plan.fuse([3, 2, 1]) == plan.fuse([1, 2]).fuse([1, 2, 3]) == plan.fuse([2, 3]).fuse([1, 2, 3])
+    assert plan.fuse([2]) == plan
+
+
+@pytest.mark.parametrize("layers", [[0, 1], [3, 4], [0, 1, 2, 3, 4]])
+def test_fusing_across_an_attention_is_refused(layers: list[int]) -> None:
+    plan = Plan.parse("A0F0 A1F1 -F2 -F3 A4F4")
+    one_line(lambda: plan.fuse(layers), "attention", "stands between")
+
+
+@pytest.mark.parametrize("layers", [[1, 3], [2, 9], [9], [2, 2], [1, 2]])
+def test_fusing_what_is_not_whole_consecutive_blocks_is_refused(layers: list[int]) -> None:
+    plan = Plan.parse("A0F0 -F1 -F2+3 -F4")
+    one_line(lambda: plan.fuse(layers), "whole consecutive blocks")
+
+
+def test_fusing_nothing_is_refused() -> None:
+    one_line(lambda: Plan.identity(3).fuse([]), "cannot fuse")
+
+
+def test_a_run_starts_with_a_block_that_may_have_attention_and_goes_on_without() -> None:
+    assert Plan.parse("A0F0 A1F1 -F2 -F3 A4F4").runs() == [(1, 2, 3)]
+    assert Plan.parse("A0F0 -F1 A2F2 A3F3 -F4").runs() == [(0, 1), (3, 4)]
+    assert Plan.parse("A0F0+1 -F2+3 A4F4").runs() == [(0, 1, 2, 3)]
+    assert Plan.parse("A0F0 A1F1").runs() == []
+
+
+@given(plans())
+def test_every_run_can_be_fused_whole_and_no_two_runs_together(plan: Plan) -> None:
+    for run in plan.runs():
+        fused = plan.fuse(run)
+        assert tuple(run) in fused.groups
+        assert fused.ffn_layers == plan.ffn_layers
+        assert fused.attention_layers == plan.attention_layers
+        assert fused.num_sublayers <= plan.num_sublayers
+    runs = plan.runs()
+    for a, b in pairwise(runs):
+        one_line(lambda a=a, b=b: plan.fuse(a + b), "cannot fuse")  # type: ignore[misc]
+
+
+@given(plans(ordered=True))
+def test_a_plan_that_names_layers_in_rising_order_is_ordered(plan: Plan) -> None:
+    assert plan.is_ordered
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("A0F0 A1F2 A3F3", True),
+        ("A0F0 A2F2 A1F1", False),
+        ("A0F0 A2F1", False),
+        ("A0F0 -F2+1", False),
+        ("A0F1+0", False),
+        ("A0F0 A1F3 -F2", False),
+        ("A0F0 A1F2 A2F3", False),
+    ],
+)
+def test_order_is_that_of_all_source_layers(text: str, expected: bool) -> None:
+    assert Plan.parse(text).is_ordered is expected
+
+
+def test_layers_are_listed_as_people_write_them() -> None:
+    assert contiguous([4, 9, 6, 7, 8, 12]) == "4, 6-9, 12"
+    assert contiguous([1, 2]) == "1-2"
+    assert contiguous([]) == ""

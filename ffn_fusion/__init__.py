@@ -1,0 +1,52 @@
+"""FFN Fusion for causal language models: analyze, search, fuse, evaluate. A model is a plan.
+
+The names below load on first use, so that importing the package costs nothing.
+"""
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ffn_fusion.core.plan import Attention, Block, Ffn, Plan
+    from ffn_fusion.errors import UserError
+    from ffn_fusion.settings import Budget, Fusion, Machine, Text
+    from ffn_fusion.stages.analyze import analyze
+    from ffn_fusion.stages.bench import bench
+    from ffn_fusion.stages.evaluate import evaluate
+    from ffn_fusion.stages.fuse import fuse
+    from ffn_fusion.stages.report import report
+    from ffn_fusion.stages.run import run
+    from ffn_fusion.stages.search import search
+
+__version__ = version("ffn-fusion")
+__all__ = [
+    "Attention",
+    "Block",
+    "Budget",
+    "Ffn",
+    "Fusion",
+    "Machine",
+    "Plan",
+    "Text",
+    "UserError",
+    "analyze",
+    "bench",
+    "evaluate",
+    "fuse",
+    "report",
+    "run",
+    "search",
+]
+_MODULES = {
+    "core.plan": ("Attention", "Block", "Ffn", "Plan"),
+    "errors": ("UserError",),
+    "settings": ("Budget", "Fusion", "Machine", "Text"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'ffn_fusion' has no attribute {name!r}")
+    module = next((module for module, names in _MODULES.items() if name in names), f"stages.{name}")
+    return getattr(import_module(f"ffn_fusion.{module}"), name)

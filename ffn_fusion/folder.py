@@ -25,6 +25,7 @@ from ffn_fusion.errors import UserError
 
 RECORD = "record.json"
 INPUTS = "inputs.json"
+MEMORY = "measured.json"
 T = TypeVar("T")
 
 
@@ -51,12 +52,13 @@ class Record(Generic[T]):
 
 
 def environment(device: str, dtype: str) -> Environment:
+    system = f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, {os.cpu_count()} cores"
     names = ("ffn-fusion", "torch", "transformers", "numpy", "scipy")
     return Environment(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         device=device,
         dtype=dtype,
-        platform=f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, {os.cpu_count()} cores",
+        platform=system,
         versions={name: version(name) for name in names},
     )
 
@@ -75,6 +77,15 @@ class StageFolder:
         """State saved by an earlier, killed run of the same command; None if there is none."""
         path = self.path / name
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    def remember(self, key: str, kind: type[T], measure: Callable[[], T]) -> T:
+        """The value of an expensive measurement: taken once, then read back, also by a run that starts again."""
+        known = self.load(MEMORY) or {}
+        if key in known:
+            return cattrs.structure(known[key], kind)
+        value = measure()
+        self.save(MEMORY, known | {key: cattrs.unstructure(value)})
+        return value
 
 
 def run_stage(
@@ -95,8 +106,8 @@ def run_stage(
         start = time.monotonic()
         result, where = work(folder)
         record = Record(stage, inputs, where, round(time.monotonic() - start, 2), result)
-        for name in (INPUTS, "lock"):
-            (folder.path / name).unlink()
+        for name in (INPUTS, MEMORY, "lock"):
+            (folder.path / name).unlink(missing_ok=True)
         write_atomically(folder.path / RECORD, json.dumps(asdict(record), indent=1))
         folder.path.rename(out)
     return record

@@ -12,7 +12,13 @@ _CONSOLE = Console(stderr=True)
 
 def track(items: Iterable[T], description: str, total: int) -> Iterator[T]:
     """Iterate with a progress bar."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=_CONSOLE, disable=not _CONSOLE.is_terminal) as progress:
         if not _CONSOLE.is_terminal:
             _CONSOLE.print(f"{description} ({total} steps)", highlight=False)

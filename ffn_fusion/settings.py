@@ -94,6 +94,8 @@ class Budget:
         Leave the last FFN of each run out of its group, as the paper does.
     candidates
         Attentions re-scored in each greedy step.
+    trials
+        Fused candidates built, calibrated and measured at most.
     """
 
     remove_attention: int | None = None
@@ -102,3 +104,4 @@ class Budget:
     max_fused_width: int | None = None
     skip_last: bool = False
     candidates: int = 6
+    trials: int = 8

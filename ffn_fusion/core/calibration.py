@@ -8,6 +8,7 @@ change of the down projection. Ridge regression around the weights that fusion g
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 
 import torch
 from torch import Tensor
@@ -29,14 +30,18 @@ class RidgeSystem:
         self.cross.addmm_(weighted.T, residual_nd.float() * weights_n.sqrt()[:, None])
         self.gram.addmm_(weighted.T, weighted)
 
-    def solve(self, strength: float) -> Tensor:
-        """D [h, d] for one regularisation strength, relative to the mean of the Gram diagonal."""
+    def solve(self, strength: float) -> Tensor | None:
+        """D [h, d] for one regularisation strength, relative to the mean of the Gram diagonal.
+
+        None where the strength is too small to make the system positive definite at the precision of its sums.
+        """
         system = self.gram.double()
         diagonal = system.diagonal()
         ridge = strength * diagonal.mean()
         # A channel that never fires has an empty row; the floor keeps the factorisation defined.
         diagonal += torch.clamp(ridge, min=torch.finfo(torch.float64).tiny)
-        return torch.cholesky_solve(self.cross.double(), torch.linalg.cholesky(system)).float()
+        factor, info = torch.linalg.cholesky_ex(system)
+        return None if int(info) else torch.cholesky_solve(self.cross.double(), factor).float()
 
 
 @dataclass(frozen=True)
@@ -49,15 +54,17 @@ class Solution:
     error_after: float
 
 
-def best_solution(system: RidgeSystem, held_out_error: Callable[[Tensor | None], float], start: float = 0.1) -> Solution:
+def best_solution(
+    system: RidgeSystem, held_out_error: Callable[[Tensor | None], float], start: float = 0.1
+) -> Solution:
     """Walk along `STRENGTHS` from `start` to the lowest held-out error; keep D = 0 where no strength is better."""
     at = STRENGTHS.index(start)
-    tried: dict[int, tuple[float, Tensor]] = {}
+    tried: dict[int, tuple[float, Tensor | None]] = {}
 
     def error(i: int) -> float:
         if i not in tried:
             delta = system.solve(STRENGTHS[i])
-            tried[i] = (held_out_error(delta), delta)
+            tried[i] = (inf if delta is None else held_out_error(delta), delta)
         return tried[i][0]
 
     step = 1 if at + 1 < len(STRENGTHS) and error(at + 1) < error(at) else -1

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -34,14 +35,15 @@ def propose_merges(
     (in channels) is not proposed.
     """
     merges: list[Merge] = []
+    part_of = {ffn.layer: tuple(f.layer for f in block.ffns) for block in plan.blocks for ffn in block.ffns}
     for run in plan.runs():
-        members = run[:-1] if skip_last else run
-        parts = [(layer,) for layer in members]
+        parts = list(dict.fromkeys(part_of[layer] for layer in run))
+        parts = parts[:-1] if skip_last else parts
         while len(parts) > 1:
             found = min(
                 (
                     Merge(left, right, max(matrix[i][j] for i in left for j in right))
-                    for left, right in zip(parts, parts[1:], strict=False)
+                    for left, right in pairwise(parts)
                     if max_width is None or sum(widths[layer] for layer in left + right) <= max_width
                 ),
                 key=lambda merge: merge.dependency,

@@ -36,7 +36,8 @@ def stack_rows(members: Iterable[Tensor], rows: int) -> Tensor:
             stacked = member.new_zeros(rows, *member.shape[1:])
         stacked[start : start + member.shape[0]] = member
         start += member.shape[0]
-    assert stacked is not None and start <= rows
+    assert stacked is not None
+    assert start <= rows
     return stacked
 
 
@@ -49,7 +50,8 @@ def stack_columns(members: Iterable[Tensor], columns: int) -> Tensor:
             stacked = member.new_zeros(member.shape[0], columns)
         stacked[:, start : start + member.shape[1]] = member
         start += member.shape[1]
-    assert stacked is not None and start <= columns
+    assert stacked is not None
+    assert start <= columns
     return stacked
 
 

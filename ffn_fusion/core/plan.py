@@ -9,6 +9,7 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 from ffn_fusion.errors import UserError
 
@@ -66,7 +67,8 @@ class Plan:
             raise UserError("a plan needs at least one block, for example 'A0F0 A1F1+2'")
         if self.blocks[0].attention != Attention(0):
             raise UserError(
-                f"a plan starts with the attention of layer 0 (engines size their cache by it), found '{self.blocks[0]}'"
+                "a plan starts with the attention of layer 0 (engines size their cache by it), "
+                f"found '{self.blocks[0]}'"
             )
         for kind, layers in (("A", self.attention_layers), ("F", self.ffn_layers)):
             twice = sorted({layer for layer in layers if layers.count(layer) > 1})
@@ -104,8 +106,8 @@ class Plan:
             return cls(
                 tuple(
                     Block(
-                        Attention(int(block["attention"]["layer"])) if block["attention"] else None,
-                        tuple(Ffn(int(ffn["layer"])) for ffn in block["ffns"]),
+                        Attention(_layer(block["attention"])) if block["attention"] else None,
+                        tuple(Ffn(_layer(ffn)) for ffn in block["ffns"]),
                     )
                     for block in data["blocks"]
                 )
@@ -177,13 +179,13 @@ class Plan:
         """
         held = [i for i, block in enumerate(self.blocks) if any(ffn.layer in layers for ffn in block.ffns)]
         span = self.blocks[held[0] : held[-1] + 1] if held else ()
-        if sorted(ffn.layer for block in span for ffn in block.ffns) != sorted(layers):
+        if not held or sorted(ffn.layer for block in span for ffn in block.ffns) != sorted(layers):
             raise UserError(f"cannot fuse FFNs {list(layers)}: they are not whole consecutive blocks of the plan")
         blocker = next((block for block in span[1:] if block.attention), None)
         if blocker:
             raise UserError(f"cannot fuse FFNs {list(layers)}: attention {blocker.attention.layer} stands between them")  # type: ignore[union-attr]
         fused = Block(span[0].attention, tuple(ffn for block in span for ffn in block.ffns))
-        return Plan(self.blocks[: held[0]] + (fused,) + self.blocks[held[-1] + 1 :])
+        return Plan((*self.blocks[: held[0]], fused, *self.blocks[held[-1] + 1 :]))
 
     def unfused(self) -> "Plan":
         """The plan with every fused FFN taken apart into its members, one after the other."""
@@ -201,6 +203,13 @@ class Plan:
                 runs.append([])
             runs[-1].extend(ffn.layer for ffn in block.ffns)
         return [tuple(run) for run in runs if len(run) > 1]
+
+
+def _layer(entry: dict[str, Any]) -> int:
+    layer = entry["layer"]
+    if type(layer) is not int or layer < 0:
+        raise ValueError(f"layer {layer!r} is no layer number")
+    return layer
 
 
 def contiguous(layers: Iterable[int]) -> str:

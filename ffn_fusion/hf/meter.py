@@ -26,7 +26,13 @@ class Meter:
     """
 
     def __init__(
-        self, parent: ModelFolder, model: PreTrainedModel, measure: Tensor, fit: Tensor, fusion: Fusion, machine: Machine
+        self,
+        parent: ModelFolder,
+        model: PreTrainedModel,
+        measure: Tensor,
+        fit: Tensor,
+        fusion: Fusion,
+        machine: Machine,
     ) -> None:
         self.parent, self.model, self.fusion, self.machine = parent, model, fusion, machine
         self._fit = fit

@@ -23,9 +23,10 @@ from ffn_fusion.hf.remote import modeling_ffn_fusion as student_model_file
 
 PLAN_FILE = "plan.json"
 DECILM_FIELDS = (
-    "vocab_size hidden_size num_attention_heads num_key_value_heads hidden_act max_position_embeddings "
-    "initializer_range rms_norm_eps pad_token_id bos_token_id eos_token_id tie_word_embeddings rope_parameters dtype"
-).split()
+    *("vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "hidden_act", "rms_norm_eps"),
+    *("max_position_embeddings", "rope_parameters", "initializer_range", "tie_word_embeddings", "dtype"),
+    *("pad_token_id", "bos_token_id", "eos_token_id"),
+)
 _NO_ATTENTION = dict.fromkeys(("sparsify", "num_sink_tokens", "window_length")) | dict.fromkeys(
     ("replace_with_linear", "unshifted_sink", "use_prefill_window_in_sink_attention"), False
 )
@@ -88,16 +89,20 @@ class ModelFolder:
         return fingerprint([self.folder / "config.json", *self.folder.glob("*.safetensors")])
 
     def check(self) -> None:
-        """Compare every weight's shape with what the configuration asks for; raises `UserError` at the first misfit."""
-        expected = expected_specs(self.config)
+        """Compare every weight's name and shape with the configuration; `UserError` at the first misfit."""
+        expected, tied = expected_specs(self.config)
         specs = self.checkpoint.specs
         for name, shape in expected.items():
             if name not in specs:
                 raise UserError(f"{self.folder} lacks tensor {name}, which its config.json asks for")
             if specs[name].shape != shape:
                 raise UserError(
-                    f"tensor {name} in {self.folder} has shape {list(specs[name].shape)}; config.json asks for {list(shape)}"
+                    f"tensor {name} in {self.folder} has shape {list(specs[name].shape)}; "
+                    f"config.json asks for {list(shape)}"
                 )
+        extra = sorted(set(specs) - set(expected) - tied)
+        if extra:
+            raise UserError(f"{self.folder} holds tensor {extra[0]}, which its config.json has no place for")
 
     def check_plan(self, plan: Plan) -> None:
         """A plan for this parent names only sublayers that it has."""
@@ -107,7 +112,9 @@ class ModelFolder:
         ):
             extra = sorted(set(named) - set(held))
             if extra:
-                raise UserError(f"the plan names {kind} {extra[0]}, which {self.folder} does not have ({len(held)} there)")
+                raise UserError(
+                    f"the plan names {kind} {extra[0]}, which {self.folder} does not have ({len(held)} there)"
+                )
 
     def load(self, dtype: torch.dtype, device_map: str) -> PreTrainedModel:
         """The model in memory, in evaluation mode, its layers editable."""
@@ -132,7 +139,9 @@ def model_class(arch: Arch) -> Any:
 
 def student_arch(parent: ModelFolder) -> Arch:
     """The student's row: the portable nemotron-nas layout wherever the parent fits into it."""
-    return arch_of("nemotron-nas") if why_not_decilm(parent.raw_config) is None else parent.arch
+    # The built configuration: a raw one leaves fields to defaults that matter, such as a sliding window.
+    fields = parent.config.to_dict() | {"model_type": parent.raw_config["model_type"]}
+    return arch_of("nemotron-nas") if why_not_decilm(fields) is None else parent.arch
 
 
 def student_config(parent: ModelFolder, plan: Plan) -> Any:
@@ -144,7 +153,7 @@ def student_config(parent: ModelFolder, plan: Plan) -> Any:
         fields = {name: fields[name] for name in DECILM_FIELDS if name in fields}
     for name in arch.layer_lists:
         if isinstance(fields.get(name), list):
-            fields[name] = [fields[name][block.layers[0]] for block in plan.blocks]
+            fields[name] = [fields[name][layer] for layer in _attention_at(plan)]
     widths = source.ffn_widths
     fields["block_configs"] = [
         {
@@ -163,6 +172,19 @@ def student_config(parent: ModelFolder, plan: Plan) -> Any:
         "AutoModelForCausalLM": f"modeling_ffn_fusion.{arch.class_name}",
     }
     return config
+
+
+def _attention_at(plan: Plan) -> list[int]:
+    """Source layer whose kind of attention each block is listed under; one without takes that of the block before.
+
+    Its own layer's would not do: caches size a mask by the first block of a kind, and its cache stays empty.
+    """
+    at = 0
+    layers = []
+    for block in plan.blocks:
+        at = block.attention.layer if block.attention else at
+        layers.append(at)
+    return layers
 
 
 def _attention_entry(block: Block, source: Any) -> dict[str, Any]:
@@ -187,11 +209,11 @@ def _class_of(config: Any) -> Any:
     return getattr(student_model_file, type(config).__name__.removesuffix("Config") + "ForCausalLM")
 
 
-def expected_specs(config: Any) -> dict[str, tuple[int, ...]]:
-    """Shape of every weight a checkpoint of this configuration holds; a tied head is not stored."""
+def expected_specs(config: Any) -> tuple[dict[str, tuple[int, ...]], set[str]]:
+    """Shape of every weight a checkpoint of this configuration holds, and the names of tied ones, which it may hold."""
     model = skeleton(config)
     tied = set(model._tied_weights_keys or {}) if config.tie_word_embeddings else set()
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}, tied
 
 
 class ResidentSource:
@@ -205,7 +227,9 @@ class ResidentSource:
         return self._tensors[name]
 
 
-def materialise(layer: nn.Module, tensors: Mapping[str, Callable[[], Tensor]], device: torch.device, dtype: torch.dtype) -> nn.Module:
+def materialise(
+    layer: nn.Module, tensors: Mapping[str, Callable[[], Tensor]], device: torch.device, dtype: torch.dtype
+) -> nn.Module:
     """Give a skeleton's layer its weights, one at a time."""
     for name, make in tensors.items():
         owner, _, leaf = name.rpartition(".")
@@ -213,18 +237,37 @@ def materialise(layer: nn.Module, tensors: Mapping[str, Callable[[], Tensor]], d
     return layer
 
 
-def assemble(parent: ModelFolder, plan: Plan, tensors: Mapping[str, Callable[[], Tensor]], like: PreTrainedModel) -> PreTrainedModel:
+def restore_buffers(model: PreTrainedModel, device: torch.device) -> None:
+    """A skeleton's buffers are empty and in no checkpoint: make the rotary frequencies and embedding scale again."""
+    trunk = model.model
+    trunk.rotary_emb = type(trunk.rotary_emb)(config=model.config).to(device)
+    if hasattr(trunk.embed_tokens, "scalar_embed_scale"):
+        trunk.embed_tokens.embed_scale = torch.tensor(trunk.embed_tokens.scalar_embed_scale, device=device)
+
+
+def assemble(
+    parent: ModelFolder, plan: Plan, tensors: Mapping[str, Callable[[], Tensor]], like: PreTrainedModel
+) -> PreTrainedModel:
     """A student in memory, its weights on the device and in the dtype of the model `like`; equal tensors are shared."""
     model = skeleton(student_config(parent, plan))
     materialise(model, tensors, like.device, like.dtype)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(like.device)
+    restore_buffers(model, like.device)
     model.tie_weights()
     return model
 
 
 def copy_companions(parent: Path, student: Path) -> None:
     """Tokenizer, chat template and generation settings travel as they are; our two model files are added."""
-    for pattern in ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*", "generation_config.json", "LICENSE*"):
+    for pattern in (
+        "tokenizer*",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.*",
+        "merges.txt",
+        "chat_template*",
+        "generation_config.json",
+        "LICENSE*",
+    ):
         for path in parent.glob(pattern):
             if path.is_file():
                 shutil.copyfile(path, student / path.name)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ffn_fusion.hf.arch import ATTENTION, FFN
 
@@ -32,7 +33,7 @@ class Pass:
 
 
 @torch.no_grad()
-def record(model: nn.Module, ids: Tensor, outputs: bool = True) -> Pass:
+def record(model: PreTrainedModel, ids: Tensor, outputs: bool = True) -> Pass:
     """Run the model on `ids` [windows, length] and keep streams, logits and, if wanted, sublayer outputs."""
     streams: list[Tensor] = []
     kept: dict[tuple[int, str], Tensor] = {}
@@ -48,13 +49,13 @@ def record(model: nn.Module, ids: Tensor, outputs: bool = True) -> Pass:
 
 
 @torch.no_grad()
-def resume(model: nn.Module, ids: Tensor, start: int, stream: Tensor, head: bool = True) -> Tensor | None:
-    """Logits (None without `head`) of a pass whose stream before layer `start` is `stream`; earlier layers cost nothing.
+def resume(model: PreTrainedModel, ids: Tensor, start: int, stream: Tensor, head: bool = True) -> Tensor | None:
+    """Logits of a pass whose stream before layer `start` is `stream`; earlier layers cost nothing.
 
-    `ids` only gives the shape to the family's forward.
+    Without `head` the layers run, and nothing is returned. `ids` only gives the shape to the family's forward.
     """
     layers = model.model.layers
-    skipped = [_Passthrough() for _ in range(start)]
+    skipped: list[nn.Module] = [_Passthrough() for _ in range(start)]
     if skipped:
         skipped[-1] = _Give(stream)
     model.model.layers = nn.ModuleList([*skipped, *layers[start:]])
@@ -69,7 +70,7 @@ def resume(model: nn.Module, ids: Tensor, start: int, stream: Tensor, head: bool
 
 
 @contextmanager
-def without(model: nn.Module, layer: int, part: str) -> Iterator[None]:
+def without(model: PreTrainedModel, layer: int, part: str) -> Iterator[None]:
     """Run with one sublayer removed."""
     owner = model.model.layers[layer]
     module = getattr(owner, part)
@@ -81,7 +82,7 @@ def without(model: nn.Module, layer: int, part: str) -> Iterator[None]:
 
 
 @contextmanager
-def visiting(model: nn.Module, visit: Visit) -> Iterator[None]:
+def visiting(model: PreTrainedModel, visit: Visit) -> Iterator[None]:
     """Call `visit(layer, part, output)` after every sublayer that runs."""
     with ExitStack() as stack:
         for index, layer in enumerate(model.model.layers):

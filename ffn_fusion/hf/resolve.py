@@ -43,7 +43,8 @@ def load_tokenizer(model: ModelFolder, trust_remote_code: bool = False) -> PreTr
         raise UserError(f"{model.folder} has no usable tokenizer: {' '.join(str(error).split())[:200]}") from None
     if len(tokenizer) > model.config.vocab_size:
         raise UserError(
-            f"the tokenizer in {model.folder} has {len(tokenizer)} entries, the model's vocabulary {model.config.vocab_size}"
+            f"the tokenizer in {model.folder} has {len(tokenizer)} entries, "
+            f"the model's vocabulary {model.config.vocab_size}"
         )
     return tokenizer
 
@@ -98,7 +99,10 @@ def _convert(path: Path, out: Path, split_digits: bool = False) -> None:
     if split_digits:
         # The GGUF keeps only the byte-level step; the model was trained with single digits (docs/notebook.md).
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+            ]
         )
     tokenizer.save_pretrained(out)
 

@@ -35,7 +35,7 @@ def write_student(parent: ModelFolder, plan: Plan, out: Path, norm: Norm, fits: 
     source, arch = parent.checkpoint, student_arch(parent)
     recipes = student_recipes(plan, source, arch, norm)
     config = student_config(parent, plan)
-    for name, shape in expected_specs(config).items():
+    for name, shape in expected_specs(config)[0].items():
         assert recipes[name].spec.shape == shape, (name, recipes[name].spec.shape, shape)
     with ShardWriter(out, {name: recipe.spec for name, recipe in recipes.items()}) as writer:
         for name, recipe in track(recipes.items(), "fuse: tensors written", len(recipes)):
@@ -58,7 +58,7 @@ def _read_fit(path: Path, dtype: torch.dtype) -> Tensor:
 def _check_fused_blocks(
     parent: ModelFolder, plan: Plan, student: Checkpoint, arch: Arch, norm: Norm, fits: Mapping[str, Path]
 ) -> None:
-    """What was written must equal the sum of the members on random input (for a fitted block: up to its activations)."""
+    """What was written must equal the sum of the members on random input (a fitted block up to its activations)."""
     act = ACT2FN[parent.config.hidden_act]
     generator = torch.Generator().manual_seed(0)
     for index, block in enumerate(plan.blocks):
@@ -96,11 +96,13 @@ def _activations(
     x = x * (source.read(f"{norm}weight").float() + arch.norm_offset)
     if f"{norm}bias" in source.specs:
         x = x + source.read(f"{norm}bias").float()
-    projected = []
+    projected: list[Tensor] = []
     for name in arch.inputs:
         key = f"{prefix}{FFN}.{name}"
         y = x @ source.read(f"{key}.weight").float().T
-        projected += (y + source.read(f"{key}.bias").float() if f"{key}.bias" in source.specs else y).chunk(arch.parts, -1)
+        projected += (y + source.read(f"{key}.bias").float() if f"{key}.bias" in source.specs else y).chunk(
+            arch.parts, -1
+        )
     activated: Tensor = act(projected[0])
     return activated * projected[1] if len(projected) > 1 else activated
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -86,7 +87,9 @@ class _FfnRecipes:
         bias = f"{FFN}.{self.arch.output}.bias"
         if self._has(bias):
             names = self._names(bias)
-            recipes[bias] = self._recipe((self.hidden_size,), names, lambda: fusion.sum_biases([*map(self.source.read, names)]))
+            recipes[bias] = self._recipe(
+                (self.hidden_size,), names, lambda: fusion.sum_biases([*map(self.source.read, names)])
+            )
         return recipes
 
     def _norm(self) -> Iterator[tuple[str, Recipe]]:
@@ -97,7 +100,7 @@ class _FfnRecipes:
             last = self.prefixes[-1] + name
             spec = self.source.specs[last]
             if self.folds:
-                yield name, Recipe(spec, (), lambda spec=spec, kept=kept: torch.full(spec.shape, kept, dtype=spec.dtype))  # type: ignore[misc]
+                yield name, Recipe(spec, (), partial(torch.full, spec.shape, kept, dtype=spec.dtype))
             else:
                 yield name, _copy(self.source, last)
 
@@ -126,7 +129,9 @@ class _FfnRecipes:
     def _input_bias(self, name: str) -> Recipe:
         biases = self._names(f"{FFN}.{name}.bias")
         norm_bias = f"{FFN_NORM}.bias"
-        extra = self._names(norm_bias) + self._names(f"{FFN}.{name}.weight") if self.folds and self._has(norm_bias) else ()
+        extra = (
+            self._names(norm_bias) + self._names(f"{FFN}.{name}.weight") if self.folds and self._has(norm_bias) else ()
+        )
 
         def member(prefix: str) -> Tensor:
             bias = self.source.read(f"{prefix}{FFN}.{name}.bias")

@@ -57,7 +57,7 @@ def read_windows(text: Text, tokenizer: PreTrainedTokenizerBase, count: int, par
             f"{count} windows of {text.length} need {needed:,}"
         )
     tensor = torch.tensor(ids[:needed]).view(count, text.length)
-    num_bytes = tuple(len(tokenizer.decode(row[1:]).encode()) for row in tensor)
+    num_bytes = tuple(len(tokenizer.decode(row[1:], skip_special_tokens=True).encode()) for row in tensor)
     digest = hashlib.sha256(tensor.numpy().tobytes()).hexdigest()[:16]
     return Windows(tensor, num_bytes, Sample(list(text.text), part, count, text.length, text.seed, digest))
 
@@ -93,8 +93,12 @@ def _file(path: Path, column: str) -> list[str]:
         return [_field(row, column, path) for row in _json_lines(path)]
     if path.suffix in (".parquet", ".arrow"):
         return _table_column(path, column)
+    return [_read(path)]
+
+
+def _read(path: Path) -> str:
     try:
-        return [path.read_text(encoding="utf-8")]
+        return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text") from None
 
@@ -104,7 +108,8 @@ def _no_column(where: str, column: str, found: list[str]) -> UserError:
 
 
 def _json_lines(path: Path) -> Iterator[dict[str, object]]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # Not splitlines(): JSON strings may hold the other line separators of Unicode.
+    for number, line in enumerate(_read(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:

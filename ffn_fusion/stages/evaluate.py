@@ -71,9 +71,7 @@ def evaluate(
 
 
 @torch.no_grad()
-def _score(
-    name: str, parent: PreTrainedModel, student: PreTrainedModel | None, windows: Windows
-) -> ModelScore:
+def _score(name: str, parent: PreTrainedModel, student: PreTrainedModel | None, windows: Windows) -> ModelScore:
     """Sums per window of every measure; the last token of a window predicts nothing that is known."""
     sums: dict[str, list[float]] = {key: [] for key in ("nll", "difference", "kl", "top1")}
     # Logits of a whole batch in float32 would not fit where the model does: one window at a time.

@@ -48,7 +48,9 @@ def _answer(
         )
     else:
         inputs = tokenizer(messages[-1]["content"], return_tensors="pt")
-    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items() if name in ("input_ids", "attention_mask")}
+    inputs = {
+        name: tensor.to(model.device) for name, tensor in inputs.items() if name in ("input_ids", "attention_mask")
+    }
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
     text: str = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

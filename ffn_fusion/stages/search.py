@@ -78,15 +78,19 @@ def search(
     def work(folder: StageFolder) -> tuple[SearchResult, Environment]:
         meter = Meter(parent, parent.load(dtype, device_map(machine)), measure.ids, fit.ids, fusion, machine)
         steps: list[SearchStep] = []
+
+        def measure_fused(plan: Plan) -> Estimate:
+            return folder.remember(f"fused {plan}", Estimate, lambda: meter.fused(plan))
+
         if given:
-            unfused, found = meter.plain(given.unfused()), given
-            kl = meter.fused(given)
+            unfused, found, kl = meter.plain(given.unfused()), given, measure_fused(given)
         else:
-            start, unfused = _remove(parent.plan, analysed, meter, budget, steps)
+            removals = _Removals(meter, folder)
+            start, unfused = _remove(parent.plan, analysed, removals, budget, steps)
             widths = parent.config.ffn_widths
             merges = propose_merges(start, analysed.ffn_dependency, widths, budget.max_fused_width, budget.skip_last)
             limit = budget.max_kl if budget.max_kl is not None else unfused.mean * (1 + budget.fusion_slack)
-            found, kl = fuse_within(start, merges, meter.fused, limit, steps)
+            found, kl = fuse_within(start, merges, measure_fused, limit, budget.trials, steps)
         write_atomically(folder.path / PLAN_FILE, found.to_json())
         predicted = _predicted(parent.plan, found, analysed)
         calibrated = fusion.calibrate != "none"
@@ -97,8 +101,19 @@ def search(
     return run_stage("search", out, inputs, SearchResult, work)
 
 
+class _Removals:
+    """Measures sets of removed attentions, each once."""
+
+    def __init__(self, meter: Meter, folder: StageFolder) -> None:
+        self.meter, self.folder = meter, folder
+
+    def __call__(self, removed: list[int], candidates: list[int]) -> dict[int, Estimate]:
+        key = f"without {sorted(removed)}: {sorted(candidates)}"
+        return self.folder.remember(key, dict[int, Estimate], lambda: self.meter.removals(removed, candidates))
+
+
 def _remove(
-    plan: Plan, analysed: AnalyzeResult, meter: Meter, budget: Budget, steps: list[SearchStep]
+    plan: Plan, analysed: AnalyzeResult, removals: _Removals, budget: Budget, steps: list[SearchStep]
 ) -> tuple[Plan, Estimate]:
     """Remove attentions one by one; each step re-scores those whose last known cost is lowest.
 
@@ -108,9 +123,9 @@ def _remove(
     cost = {layer: score.mean for layer, score in enumerate(analysed.attention) if score and layer > 0}
     wanted = len(cost) if budget.remove_attention is None else min(budget.remove_attention, len(cost))
     removed: list[int] = []
-    kl = meter.plain(plan)
+    kl = removals.meter.plain(plan)
     for _ in track(range(wanted), "search: attentions removed", wanted):
-        tried = meter.removals(removed, sorted(cost, key=cost.__getitem__)[: budget.candidates])
+        tried = removals(removed, sorted(cost, key=cost.__getitem__)[: budget.candidates])
         best = min(tried, key=lambda layer: tried[layer].mean)
         cost |= {layer: found.mean - kl.mean for layer, found in tried.items()}
         fits = budget.max_kl is None or tried[best].mean <= budget.max_kl
@@ -124,12 +139,17 @@ def _remove(
 
 
 def fuse_within(
-    plan: Plan, merges: Sequence[Merge], measure: Callable[[Plan], Estimate], limit: float, steps: list[SearchStep]
+    plan: Plan,
+    merges: Sequence[Merge],
+    measure: Callable[[Plan], Estimate],
+    limit: float,
+    trials: int,
+    steps: list[SearchStep],
 ) -> tuple[Plan, Estimate]:
     """Accept as many merges as keep the measured KL within `limit`, in the order given.
 
     All are tried at once; where that is too much the list is halved, so that a single bad merge is found with few
-    measurements. Returns the plan and its measured KL.
+    measurements; it ends after `trials` of them. Returns the plan and its measured KL.
     """
     best = measure(plan)
     steps.append(SearchStep("calibrate, nothing fused", best, True))
@@ -137,12 +157,13 @@ def fuse_within(
 
     def accept(current: Plan, best: Estimate, part: Sequence[Merge]) -> tuple[Plan, Estimate]:
         trial = apply_merges(current, part)
-        if trial == current:
+        number = next(numbers)
+        if trial == current or number > trials:
             return current, best
         kl = measure(trial)
         kept = kl.mean <= limit
         groups = "; ".join(contiguous(group) for group in trial.groups)
-        steps.append(SearchStep(f"fuse, trial {next(numbers)}: {groups}", kl, kept))
+        steps.append(SearchStep(f"fuse, trial {number}: {groups}", kl, kept))
         if kept:
             return trial, kl
         if len(part) == 1:

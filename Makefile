@@ -1,0 +1,32 @@
+# make demo   the main job on the built-in model          make test   the tests
+# make check  lint, format, types, import rule            make clean  remove what the others made
+PYTHON ?= python3
+VENV   ?= .venv
+# Extra flags for pip, for example a CPU-only index of torch.
+PIP_FLAGS ?=
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test check clean
+demo: $(READY)
+	$(BIN)/ffn-fusion run builtin:smollm2-135m --remove-attention 8 --windows 4 --out runs/demo
+	$(BIN)/ffn-fusion generate runs/demo/student "Explain in two sentences why the sky is blue."
+	@echo "open runs/demo/report.html"
+
+test: $(READY)
+	$(BIN)/pytest
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest tests/test_layers.py
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet $(PIP_FLAGS) --constraint constraints.txt --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,61 @@
+"""The command line: parses, dispatches, prints results and errors; nothing else."""
+
+import errno
+import sys
+from typing import Any
+
+from cyclopts import App, CycloptsError
+
+from ffn_fusion.errors import UserError
+
+VERBS = {
+    "run": ("run", "The main job: turn a model into a fused one, all stages with one dial."),
+    "analyze": ("analyze", "Score every sublayer and measure the pairwise dependency of blocks."),
+    "search": ("search", "Find a plan: which attentions to remove and which FFNs to fuse."),
+    "fuse": ("fuse", "Build the student of a plan."),
+    "eval": ("evaluate", "Compare students with their parent on held-out text."),
+    "bench": ("bench", "Time prefill and decode of models, interleaved."),
+    "report": ("report", "One self-contained HTML page from the records."),
+    "generate": ("generate", "Ask a parent or a student something, or chat with it."),
+}
+
+app = App(name="ffn-fusion", help="Turn a causal language model into one with far fewer sequential steps.")
+for _verb, (_function, _help) in VERBS.items():
+    app.command(f"ffn_fusion.stages.{_function}:{_function}", name=_verb, help=_help)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: exit status 0, 2 for what the user can mend (one line on standard error), 130 for Ctrl-C."""
+    sys.exit(_status(sys.argv[1:] if arguments is None else arguments))
+
+
+def _status(arguments: list[str]) -> int:
+    try:
+        result = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+    except CycloptsError as error:
+        return _fail(" ".join(str(error).split()) + " See ffn-fusion --help.")
+    except UserError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        print("\nstopped; the same command continues", file=sys.stderr)
+        return 130
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return _fail(
+            f"the disk is full ({error.filename or error.strerror}); free some space, the same command continues"
+        )
+    _show(result)
+    return 0
+
+
+def _show(result: Any) -> None:
+    record = getattr(result, "result", None)
+    text = record.summary() if record is not None else result
+    if text is not None:
+        print(text)
+
+
+def _fail(message: str) -> int:
+    print(f"ffn-fusion: {message}", file=sys.stderr)
+    return 2

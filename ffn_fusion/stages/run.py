@@ -1,0 +1,149 @@
+"""`run`: the main job, every stage in order with one dial; the one stage that calls others."""
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ffn_fusion.core.plan import Plan
+from ffn_fusion.errors import UserError
+from ffn_fusion.hf.machine import pick_device, pick_dtype
+from ffn_fusion.hf.model import ModelFolder
+from ffn_fusion.hf.resolve import read_plan, resolve_model
+from ffn_fusion.settings import Budget, Fusion, Machine, Text
+from ffn_fusion.stages.analyze import analyze
+from ffn_fusion.stages.bench import bench
+from ffn_fusion.stages.evaluate import HELD_OUT, evaluate
+from ffn_fusion.stages.fuse import fuse
+from ffn_fusion.stages.report import report
+from ffn_fusion.stages.search import search
+
+PLAIN = Fusion(calibrate="none")
+
+
+def run(
+    model: str,
+    *,
+    out: Path,
+    plan: str | None = None,
+    windows: int = 8,
+    eval_text: tuple[str, ...] = HELD_OUT.text,
+    eval_windows: int = 16,
+    steps: bool = True,
+    dry_run: bool = False,
+    budget: Budget = Budget(),  # noqa: B008, frozen
+    fusion: Fusion = Fusion(),  # noqa: B008
+    text: Text = Text(),  # noqa: B008
+    machine: Machine = Machine(),  # noqa: B008
+) -> str:
+    """Turn a model into a fused one: analyze, search, fuse, eval, bench and report, with one dial.
+
+    The dial is --max-kl, --remove-attention or --plan. Stages that are done are not done again; the student is in
+    OUT/student, the page is OUT/report.html.
+
+    Parameters
+    ----------
+    model
+        Folder, GGUF file, Hub id or builtin:smollm2-135m.
+    out
+        Folder for everything.
+    plan
+        A plan to build instead of searching: its one-line text or a plan.json.
+    windows
+        Windows of calibration text that scores are measured on.
+    eval_text
+        Held-out text, from another source than --text.
+    eval_windows
+        Windows of held-out text, 1,024 tokens each.
+    steps
+        Also build and measure the unfused and the uncalibrated student, so that each step's cost is seen.
+    dry_run
+        Print what it will cost and stop.
+    """
+    if plan is None and budget.remove_attention is None and budget.max_kl is None:
+        raise UserError("turn the dial: --max-kl X, --remove-attention N, or --plan 'A0F0 ...'")
+    if set(eval_text) & set(text.text):
+        raise UserError(
+            f"{', '.join(set(eval_text) & set(text.text))} is both calibration and held-out text; choose two"
+        )
+    parent = resolve_model(model)
+    if plan is not None:
+        parent.check_plan(read_plan(plan))
+    if dry_run:
+        return forecast(parent, windows, fusion, text, eval_windows, steps, machine)
+    analyze(model, out=out / "analysis", windows=windows, text=text, machine=machine)
+    quick = replace(fusion, fit_windows=min(16, fusion.fit_windows))
+    found = search(
+        model,
+        analysis=out / "analysis",
+        out=out / "search",
+        plan=plan,
+        windows=windows,
+        budget=budget,
+        fusion=quick,
+        text=text,
+        machine=machine,
+    )
+    best = Plan.parse(found.result.plan)
+    student = out / "student"
+    fuse(model, plan=str(best), out=student, fusion=fusion, text=text, machine=machine)
+    students = [student]
+    if steps:
+        unfused, plain = out / "steps" / "attention-removed", out / "steps" / "fused-not-calibrated"
+        fuse(model, plan=str(best.unfused()), out=unfused, fusion=PLAIN, machine=machine)
+        fuse(model, plan=str(best), out=plain, fusion=replace(PLAIN, norm=fusion.norm), machine=machine)
+        students = [unfused, plain, student]
+    held_out = replace(HELD_OUT, text=eval_text, column=text.column, seed=text.seed)
+    scored = evaluate(
+        model, *map(str, students), out=out / "eval", windows=eval_windows, text=held_out, machine=machine
+    )
+    timed = bench(model, str(student), out=out / "bench", machine=machine)
+    page = report(out, out=out / "report.html")
+    parts = [
+        found.result.summary(),
+        scored.result.summary(),
+        timed.result.summary(),
+        f"student: {student}\npage: {page}",
+    ]
+    return "\n\n".join(parts)
+
+
+def forecast(
+    parent: ModelFolder, windows: int, fusion: Fusion, text: Text, eval_windows: int, steps: bool, machine: Machine
+) -> str:
+    """What a run will cost, from a timed matrix product and the model's sizes: an order of magnitude."""
+    dtype, device = pick_dtype(machine, parent.checkpoint), pick_device(machine)
+    parameters = sum(torch.Size(spec.shape).numel() for spec in parent.checkpoint.specs.values())
+    size = sum(spec.num_bytes for spec in parent.checkpoint.specs.values())
+    seconds_per_token = 2 * parameters / _measured_flops(dtype, device)
+    measured, layers = windows * text.length, parent.num_layers
+    tokens = {
+        "analyze": measured * layers * 2,
+        "search": measured * layers * 3 + 8 * (16 * text.length * 4 + measured),
+        "fuse": fusion.fit_windows * text.length * 5 if fusion.calibrate != "none" else 0,
+        "eval": eval_windows * 1024 * (6 if steps else 2),
+    }
+    lines = [f"{parameters:,} parameters, {layers} layers, {device} in {str(dtype).removeprefix('torch.')}"]
+    lines += [f"{stage:8} about {_minutes(count * seconds_per_token)}" for stage, count in tokens.items()]
+    students = 3 if steps else 1
+    logits = measured * parent.config.vocab_size * 4
+    lines.append(f"disk     {students * size / 1e9:.1f} GB for {students} student(s)")
+    lines.append(f"memory   about {(2 * size + logits) / 1e9 + 1:.1f} GB (parent, one student, parent's predictions)")
+    return "\n".join(lines)
+
+
+def _measured_flops(dtype: torch.dtype, device: torch.device) -> float:
+    a = torch.randn(1024, 1024, device=device).to(dtype)
+    for _ in range(3):
+        a @ a
+    start = time.perf_counter()
+    for _ in range(20):
+        b = a @ a
+    float(b[0, 0])
+    # Attention, norms and small products keep a model at about half of what a product reaches.
+    return 0.5 * 20 * 2 * 1024**3 / (time.perf_counter() - start)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"

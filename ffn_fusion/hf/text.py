@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -128,6 +126,9 @@ def _field(row: dict[str, object], column: str, path: Path) -> str:
 
 
 def _table_column(path: Path, column: str) -> list[str]:
+    import pyarrow as pa  # heavy, and only tables need it
+    import pyarrow.parquet as pq
+
     try:
         table = pq.read_table(path) if path.suffix == ".parquet" else pa.ipc.open_stream(path).read_all()
     except (pa.ArrowInvalid, OSError) as error:

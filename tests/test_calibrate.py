@@ -1,0 +1,116 @@
+"""Calibrated fusion on tiny models: it helps where it says so, resumes bit for bit, and refuses what has no target."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from ffn_fusion.core.plan import Plan
+from ffn_fusion.errors import UserError
+from ffn_fusion.hf.calibrate import Calibration, Streams, blocks_to_fit
+from ffn_fusion.hf.meter import Meter
+from ffn_fusion.hf.model import ModelFolder
+from ffn_fusion.settings import Fusion, Machine
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "granite", "gemma", "smollm3", "arcee", "starcoder2")
+PLAN = Plan.parse("A0F0 A1F1+2 -F3 A4F4 A5F5")
+MACHINE = Machine(batch_size=3)
+
+
+def calibration(folder: ModelFolder, plan: Plan, target: str = "parent") -> Calibration:
+    fusion = Fusion(calibrate=target)  # type: ignore[arg-type]
+    return Calibration(
+        folder,
+        folder.checkpoint,
+        plan,
+        fusion=fusion,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        batch_size=MACHINE.batch_size,
+    )
+
+
+def windows(count: int, seed: int) -> Tensor:
+    return torch.randint(4, 128, (count, 24), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fitted_blocks_come_closer_to_the_parent_in_every_family(
+    family: str, tiny_parent: Callable[[str], Path]
+) -> None:
+    folder = ModelFolder(tiny_parent(family))
+    fits = [fit for fit, _, _ in calibration(folder, PLAN).run(windows(32, 0))]
+    assert [fit.block for fit in fits] == [1, 2]
+    assert all(fit.error_after <= fit.error_before for fit in fits)
+    assert any(fit.error_after < 0.95 * fit.error_before for fit in fits)
+
+
+@pytest.mark.parametrize("target", ["parent", "unfused"])
+def test_a_fit_lowers_the_kl_of_the_whole_model(target: str, tiny_parent: Callable[[str], Path]) -> None:
+    folder = ModelFolder(tiny_parent("llama"))
+    model = folder.load(torch.float32, "cpu")
+    plan = PLAN if target == "parent" else Plan.parse("A0F0 A1F1 -F2+3+4 A5F5")
+    meter = Meter(folder, model, windows(8, 1), windows(64, 0), Fusion(calibrate=target), MACHINE)  # type: ignore[arg-type]
+    fitted = meter.fused(plan).mean
+    meter.fusion = replace(meter.fusion, calibrate="none")
+    assert fitted < meter.fused(plan).mean
+
+
+def test_the_identity_plan_costs_nothing_and_fits_nothing(tiny_parent: Callable[[str], Path]) -> None:
+    folder = ModelFolder(tiny_parent("llama"))
+    meter = Meter(folder, folder.load(torch.float32, "cpu"), windows(4, 1), windows(8, 0), Fusion(), MACHINE)
+    assert abs(meter.fused(folder.plan).mean) < 1e-5
+    assert list(calibration(folder, folder.plan).run(windows(8, 0))) == []
+
+
+def test_streams_of_an_unchanged_plan_are_those_of_the_model(tiny_parent: Callable[[str], Path]) -> None:
+    """The target stream of the last block is the parent's last hidden state, for masks and multipliers of any family."""
+    for family in ("qwen2", "granite", "gemma"):
+        folder = ModelFolder(tiny_parent(family))
+        plan = Plan.parse("A0F0 A1F1 A2F2 A3F3 A4F4 -F5")
+        ids = windows(8, 0)
+        *_, (_, _, state) = calibration(folder, plan).run(ids)
+        seen: list[Tensor] = []
+        model = folder.load(torch.float32, "cpu")
+        model.model.layers[-1].register_forward_hook(lambda _, __, out, seen=seen: seen.append(out))
+        with torch.no_grad():
+            model(input_ids=ids)
+        torch.testing.assert_close(state.parent, seen[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_calibration_taken_up_again_gives_the_same_fits(tiny_parent: Callable[[str], Path]) -> None:
+    folder = ModelFolder(tiny_parent("llama"))
+    ids = windows(16, 0)
+    whole = [weight for _, weight, _ in calibration(folder, PLAN).run(ids)]
+    run = calibration(folder, PLAN).run(ids)
+    _, first, state = next(run)
+    saved = Streams(state.block, state.layer, state.parent.clone(), state.student.clone())
+    rest = [weight for _, weight, _ in calibration(folder, PLAN).run(ids, saved)]
+    assert torch.equal(first, whole[0])
+    assert len(rest) == 1
+    assert torch.equal(rest[0], whole[1])
+
+
+def test_wide_blocks_are_fitted_in_slices(tiny_parent: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = ModelFolder(tiny_parent("llama"))
+    (whole, _, _), *_ = calibration(folder, PLAN).run(windows(32, 0))
+    monkeypatch.setattr("ffn_fusion.hf.calibrate.MAX_CHANNELS", 100)
+    (sliced, _, _), *_ = calibration(folder, PLAN).run(windows(32, 0))
+    assert len(sliced.strengths) == 2 * 3  # 256 channels in three slices, two sweeps
+    assert sliced.error_after < 0.5 * (sliced.error_before + whole.error_after)
+
+
+def test_blocks_to_fit_are_those_that_differ_from_the_parent() -> None:
+    assert blocks_to_fit(PLAN, 6, "parent") == [1, 2]
+    assert blocks_to_fit(PLAN, 6, "unfused") == [1]
+    assert blocks_to_fit(Plan.identity(6), 6, "parent") == []
+    dropped = Plan.parse("A0F0 A1F1 A3F3 A4F4 A5F5")
+    assert blocks_to_fit(dropped, 6, "parent") == [1]  # it stands where layer 2 was
+
+
+def test_a_plan_that_reorders_layers_is_refused(tiny_parent: Callable[[str], Path]) -> None:
+    with pytest.raises(UserError, match="reorders"):
+        calibration(ModelFolder(tiny_parent("llama")), Plan.parse("A0F0 A2F2 A1F1 A3F3 A4F4 A5F5"))

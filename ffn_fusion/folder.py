@@ -25,6 +25,7 @@ from ffn_fusion.errors import UserError
 
 RECORD = "record.json"
 INPUTS = "inputs.json"
+STATE = "state"
 MEMORY = "measured.json"
 T = TypeVar("T")
 
@@ -65,17 +66,21 @@ def environment(device: str, dtype: str) -> Environment:
 
 @dataclass
 class StageFolder:
-    """A stage at work: `path` is the hidden folder it writes into."""
+    """A stage at work: `path` is the hidden folder it writes into, `state` what it needs to be taken up again."""
 
     path: Path
 
+    @property
+    def state(self) -> Path:
+        return self.path / STATE
+
     def save(self, name: str, data: Any) -> None:
         """Write resumable state as JSON, atomically."""
-        write_atomically(self.path / name, json.dumps(data))
+        write_atomically(self.state / name, json.dumps(data))
 
     def load(self, name: str) -> Any:
         """State saved by an earlier, killed run of the same command; None if there is none."""
-        path = self.path / name
+        path = self.state / name
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
     def remember(self, key: str, kind: type[T], measure: Callable[[], T]) -> T:
@@ -106,8 +111,7 @@ def run_stage(
         start = time.monotonic()
         result, where = work(folder)
         record = Record(stage, inputs, where, round(time.monotonic() - start, 2), result)
-        for name in (INPUTS, MEMORY, "lock"):
-            (folder.path / name).unlink(missing_ok=True)
+        shutil.rmtree(folder.state)
         write_atomically(folder.path / RECORD, json.dumps(asdict(record), indent=1))
         folder.path.rename(out)
     return record
@@ -144,18 +148,18 @@ def _partial(out: Path, identity: dict[str, Any]) -> Iterator[StageFolder]:
     path = out.parent / f".{out.name}.partial"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        path.mkdir(exist_ok=True)
+        (path / STATE).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to {out.parent}: {error.strerror}") from None
-    with (path / "lock").open("w") as lock:
+    with (path / STATE / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another process is working on {out}") from None
         folder = StageFolder(path)
         if folder.load(INPUTS) != identity:
-            for entry in path.iterdir():
-                if entry.name != "lock":
+            for entry in [*path.iterdir(), *folder.state.iterdir()]:
+                if entry.name not in (STATE, "lock"):
                     shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
             folder.save(INPUTS, identity)
         else:

@@ -1,11 +1,13 @@
 """Options that several verbs share. Each field is an option of the command line and an argument of the Python API."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
+from cyclopts.validators import Number
 
 Dtype = Literal["auto", "bf16", "fp16", "fp32"]
+Positive = Annotated[int, Parameter(validator=Number(gte=1))]
 
 
 @Parameter(name="*")
@@ -27,7 +29,7 @@ class Machine:
 
     device: str = "auto"
     dtype: Dtype = "auto"
-    batch_size: int = 4
+    batch_size: Positive = 4
     trust_remote_code: bool = False
 
 
@@ -51,7 +53,7 @@ class Text:
 
     text: tuple[str, ...] = ("builtin:wikipedia",)
     column: str = "text"
-    length: int = 512
+    length: Annotated[int, Parameter(validator=Number(gte=2))] = 512
     seed: int = 0
 
 
@@ -72,7 +74,7 @@ class Fusion:
 
     norm: Literal["folded", "last"] = "folded"
     calibrate: Literal["parent", "unfused", "none"] = "parent"
-    fit_windows: int = 64
+    fit_windows: Annotated[int, Parameter(validator=Number(gte=2))] = 64
 
 
 @Parameter(name="*")
@@ -98,10 +100,10 @@ class Budget:
         Fused candidates built, calibrated and measured at most.
     """
 
-    remove_attention: int | None = None
+    remove_attention: Positive | None = None
     max_kl: float | None = None
     fusion_slack: float = 0.25
-    max_fused_width: int | None = None
+    max_fused_width: Positive | None = None
     skip_last: bool = False
-    candidates: int = 6
-    trials: int = 8
+    candidates: Positive = 6
+    trials: Positive = 8

@@ -67,7 +67,7 @@ def test_the_identity_plan_costs_nothing_and_fits_nothing(tiny_parent: Callable[
 
 
 def test_streams_of_an_unchanged_plan_are_those_of_the_model(tiny_parent: Callable[[str], Path]) -> None:
-    """The target stream of the last block is the parent's last hidden state, for masks and multipliers of any family."""
+    """The last target is the parent's last hidden state, with the masks and multipliers of any family."""
     for family in ("qwen2", "granite", "gemma"):
         folder = ModelFolder(tiny_parent(family))
         plan = Plan.parse("A0F0 A1F1 A2F2 A3F3 A4F4 -F5")

@@ -104,6 +104,8 @@ def _convert(path: Path, out: Path, split_digits: bool = False) -> None:
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
             ]
         )
+    # Or decoding would strip spaces before punctuation.
+    tokenizer.clean_up_tokenization_spaces = False
     tokenizer.save_pretrained(out)
 
 

@@ -19,7 +19,7 @@ from ffn_fusion.hf.probe import SUBLAYERS, Pass, record, resume, visiting, witho
 from ffn_fusion.hf.resolve import load_tokenizer, resolve_model
 from ffn_fusion.hf.text import read_windows
 from ffn_fusion.progress import track
-from ffn_fusion.settings import Machine, Text
+from ffn_fusion.settings import Machine, Positive, Text
 
 MASSIVE = 20.0
 """A token counts as massive when its stream is this many times longer than the median."""
@@ -29,7 +29,7 @@ def analyze(
     model: str,
     *,
     out: Path,
-    windows: int = 16,
+    windows: Positive = 16,
     text: Text = Text(),  # noqa: B008, frozen
     machine: Machine = Machine(),  # noqa: B008
 ) -> Record[AnalyzeResult]:

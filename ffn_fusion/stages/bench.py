@@ -17,7 +17,7 @@ from ffn_fusion.hf.machine import device_map, pick_device, pick_dtype, where
 from ffn_fusion.hf.model import ModelFolder
 from ffn_fusion.hf.resolve import resolve_model
 from ffn_fusion.progress import track
-from ffn_fusion.settings import Machine
+from ffn_fusion.settings import Machine, Positive
 
 COPY_BYTES = 2**28
 
@@ -30,20 +30,23 @@ class _Loaded:
 
 
 def bench(
-    *models: str,
+    parent: str,
+    *students: str,
     out: Path,
-    batch_sizes: tuple[int, ...] = (1, 4),
-    prompt_length: int = 128,
-    new_tokens: int = 16,
-    repeats: int = 5,
+    batch_sizes: tuple[Positive, ...] = (1, 4),
+    prompt_length: Positive = 128,
+    new_tokens: Positive = 16,
+    repeats: Positive = 5,
     machine: Machine = Machine(),  # noqa: B008, frozen
 ) -> Record[BenchResult]:
-    """Time prefill and decode of models against the first of them.
+    """Time prefill and decode of a parent and its students, interleaved in one process.
 
     Parameters
     ----------
-    models
-        The parent first, then its students.
+    parent
+        Folder, GGUF file, Hub id or builtin:smollm2-135m.
+    students
+        Any number of models to compare with it.
     out
         New folder for the record.
     batch_sizes
@@ -55,6 +58,7 @@ def bench(
     repeats
         Timed repeats of each model and batch size, after one untimed.
     """
+    models = (parent, *students)
     folders = [resolve_model(name) for name in models]
     dtype = pick_dtype(machine, folders[0].checkpoint)
     settings = {"batch_sizes": batch_sizes, "prompt": prompt_length, "new_tokens": new_tokens, "repeats": repeats}

@@ -18,7 +18,7 @@ from ffn_fusion.hf.machine import device_map, pick_dtype, where
 from ffn_fusion.hf.resolve import load_tokenizer, resolve_model
 from ffn_fusion.hf.text import Windows, read_windows
 from ffn_fusion.progress import track
-from ffn_fusion.settings import Machine, Text
+from ffn_fusion.settings import Machine, Positive, Text
 
 HELD_OUT = Text(text=("builtin:novels",), length=1024)
 
@@ -27,7 +27,7 @@ def evaluate(
     parent: str,
     *students: str,
     out: Path,
-    windows: int = 16,
+    windows: Positive = 16,
     text: Text = HELD_OUT,
     machine: Machine = Machine(),  # noqa: B008, frozen
 ) -> Record[EvalResult]:
@@ -64,7 +64,6 @@ def evaluate(
             student = None if model is folders[0] else model.load(dtype, device_map(machine))
             scores.append(_score(name, loaded, student, held_out))
             folder.save("scores.json", [asdict(score) for score in scores])
-        (folder.path / "scores.json").unlink()
         return EvalResult(held_out.sample, scores), where(machine, dtype)
 
     return run_stage("eval", out, inputs, EvalResult, work)

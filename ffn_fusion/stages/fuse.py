@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ffn_fusion.core.plan import Plan
 from ffn_fusion.core.records import FitSummary, FuseResult, Sample
-from ffn_fusion.errors import UserError
 from ffn_fusion.folder import Environment, Record, StageFolder, run_stage
 from ffn_fusion.hf.calibrate import Calibration, Streams
 from ffn_fusion.hf.machine import pick_device, pick_dtype, where
@@ -20,7 +19,7 @@ from ffn_fusion.hf.text import Windows, read_windows
 from ffn_fusion.progress import track
 from ffn_fusion.settings import Fusion, Machine, Text
 
-STATE = "calibration.json"
+FITS = "calibration.json"
 STREAMS = "streams.safetensors"
 
 
@@ -51,8 +50,6 @@ def fuse(
     sample = None
     if fusion.calibrate != "none":
         tokenizer = load_tokenizer(parent, machine.trust_remote_code)
-        if fusion.fit_windows < 2:
-            raise UserError(f"--fit-windows {fusion.fit_windows}: calibration needs at least 2, one of them held out")
         sample = read_windows(text, tokenizer, fusion.fit_windows, "fit")
     inputs = {
         "model": parent.fingerprint,
@@ -80,8 +77,6 @@ def fuse(
         layout = student_arch(parent).class_name
         card = model_card(model, wanted, layout, None)
         (folder.path / "README.md").write_text(card, encoding="utf-8")
-        for path in (folder.path / STATE, folder.path / STREAMS, *names.values()):
-            path.unlink(missing_ok=True)
         result = _result(model, parent, wanted, folder.path, fusion, dropped, fits, sample.sample if sample else None)
         return result, where(machine, dtype)
 
@@ -90,19 +85,19 @@ def fuse(
 
 def _calibrate(calibration: Calibration, windows: Windows, folder: StageFolder) -> list[FitSummary]:
     """Fit block after block; each fit and the streams behind it are saved, so that a killed run loses one block."""
-    state = folder.load(STATE) or {"fits": []}
+    state = folder.load(FITS) or {"fits": []}
     summaries = [FitSummary(**fit) for fit in state["fits"]]
     start = None
     if summaries:
-        tensors = load_file(folder.path / STREAMS)
+        tensors = load_file(folder.state / STREAMS)
         start = Streams(state["block"], state["layer"], tensors["parent"], tensors["student"])
     fits = calibration.run(windows.ids, start)
     remaining = len(calibration.to_fit) - len(summaries)
     for fit, weight, streams in track(fits, "fuse: blocks calibrated", remaining):
         _save(_fit_path(folder, fit.block), {"weight": weight})
-        _save(folder.path / STREAMS, {"parent": streams.parent, "student": _present(streams.student)})
+        _save(folder.state / STREAMS, {"parent": streams.parent, "student": _present(streams.student)})
         summaries.append(FitSummary(fit.name, fit.error_before, fit.error_after, list(fit.strengths)))
-        folder.save(STATE, {"fits": list(map(asdict, summaries)), "block": streams.block, "layer": streams.layer})
+        folder.save(FITS, {"fits": list(map(asdict, summaries)), "block": streams.block, "layer": streams.layer})
     return summaries
 
 
@@ -118,7 +113,7 @@ def _present(stream: Tensor | None) -> Tensor:
 
 
 def _fit_path(folder: StageFolder, block: int) -> Path:
-    return folder.path / f"fit-{block}.safetensors.part"
+    return folder.state / f"fit-{block}.safetensors"
 
 
 def _result(

@@ -7,14 +7,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from ffn_fusion.hf.machine import device_map, pick_dtype
 from ffn_fusion.hf.resolve import load_tokenizer, resolve_model
-from ffn_fusion.settings import Machine
+from ffn_fusion.settings import Machine, Positive
 
 
 def generate(
     model: str,
     prompt: str | None = None,
     *,
-    max_new_tokens: int = 128,
+    max_new_tokens: Positive = 128,
     machine: Machine = Machine(),  # noqa: B008, frozen
 ) -> None:
     """Answer a prompt, or chat line by line when none is given. Greedy, through the model's chat template.

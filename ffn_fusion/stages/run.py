@@ -11,7 +11,7 @@ from ffn_fusion.errors import UserError
 from ffn_fusion.hf.machine import pick_device, pick_dtype
 from ffn_fusion.hf.model import ModelFolder
 from ffn_fusion.hf.resolve import read_plan, resolve_model
-from ffn_fusion.settings import Budget, Fusion, Machine, Text
+from ffn_fusion.settings import Budget, Fusion, Machine, Positive, Text
 from ffn_fusion.stages.analyze import analyze
 from ffn_fusion.stages.bench import bench
 from ffn_fusion.stages.evaluate import HELD_OUT, evaluate
@@ -27,9 +27,9 @@ def run(
     *,
     out: Path,
     plan: str | None = None,
-    windows: int = 8,
+    windows: Positive = 8,
     eval_text: tuple[str, ...] = HELD_OUT.text,
-    eval_windows: int = 16,
+    eval_windows: Positive = 16,
     steps: bool = True,
     dry_run: bool = False,
     budget: Budget = Budget(),  # noqa: B008, frozen

@@ -17,7 +17,7 @@ from ffn_fusion.hf.model import PLAN_FILE
 from ffn_fusion.hf.resolve import load_tokenizer, read_plan, resolve_model
 from ffn_fusion.hf.text import read_windows
 from ffn_fusion.progress import track
-from ffn_fusion.settings import Budget, Fusion, Machine, Text
+from ffn_fusion.settings import Budget, Fusion, Machine, Positive, Text
 
 QUICK = Fusion(fit_windows=16)
 """Candidates are compared on fewer windows than the student is fitted on at last."""
@@ -29,7 +29,7 @@ def search(
     analysis: Path,
     out: Path,
     plan: str | None = None,
-    windows: int = 8,
+    windows: Positive = 8,
     budget: Budget = Budget(),  # noqa: B008, frozen
     fusion: Fusion = QUICK,
     text: Text = Text(),  # noqa: B008

@@ -1,0 +1,252 @@
+"""The whole command line on a tiny model: the main job, its folders, its refusals, and being killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_tokenizer
+from texts import write_text
+from transformers import AutoModelForCausalLM
+
+from ffn_fusion import cli
+from ffn_fusion.core.plan import Plan
+from ffn_fusion.core.records import AnalyzeResult, EvalResult, FuseResult, SearchResult
+from ffn_fusion.folder import read_record
+from ffn_fusion.hf.model import ModelFolder
+
+SMALL = ["--length", "32", "--windows", "4", "--batch-size", "2"]
+PLAN = "A0F0 A1F1+2 -F3 A4F4 A5F5"
+
+
+def call(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as done:
+        cli.main([str(argument) for argument in arguments])
+    return int(done.value.code or 0)
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("texts")
+    return write_text(folder, "calibration", 0, documents=200), write_text(folder, "held-out", 1, documents=200)
+
+
+@pytest.fixture(scope="session")
+def finished(
+    tiny_parent: Callable[[str], Path], texts: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The main job, run once."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    options = ["--remove-attention", 2, "--text", texts[0], "--eval-text", texts[1], "--eval-windows", 4]
+    assert call("run", tiny_parent("llama"), "--out", out, *options, "--fit-windows", 16, *SMALL) == 0
+    return out
+
+
+def test_the_main_job_leaves_a_student_records_and_a_page(finished: Path, tiny_parent: Callable[[str], Path]) -> None:
+    found = read_record(finished / "search", SearchResult).result
+    plan = Plan.parse(found.plan)
+    assert len(plan.attention_layers) == 4
+    assert Plan.from_json((finished / "student" / "plan.json").read_text()) == plan
+    assert (finished / "report.html").stat().st_size > 10_000
+    scores = read_record(finished / "eval", EvalResult).result.scores
+    assert [Path(score.model).name for score in scores[1:]] == ["attention-removed", "fused-not-calibrated", "student"]
+    assert scores[0].kl is None
+    assert all(score.kl.mean > 0 for score in scores[1:] if score.kl)
+    assert not list(finished.rglob("state")), "resumable state is gone when a stage is done"
+    parent = ModelFolder(tiny_parent("llama"))
+    assert read_record(finished / "student", FuseResult).result.parent == str(parent.folder)
+
+
+def test_a_finished_run_is_not_done_again(
+    finished: Path, tiny_parent: Callable[[str], Path], texts: tuple[Path, Path]
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("record.json")}
+    options = ["--remove-attention", 2, "--text", texts[0], "--eval-text", texts[1], "--eval-windows", 4]
+    assert call("run", tiny_parent("llama"), "--out", finished, *options, "--fit-windows", 16, *SMALL) == 0
+    assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("record.json")}
+
+
+def test_the_measured_kl_of_the_search_is_that_of_the_student_it_describes(
+    finished: Path, tiny_parent: Callable[[str], Path], texts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """A plan without calibration, built in memory by the search and on disk by fuse, must score alike."""
+    plan = read_record(finished / "search", SearchResult).result.plan
+    parent = tiny_parent("llama")
+    common = ["--text", texts[0], "--calibrate", "none"]
+    options = ["--analysis", finished / "analysis", "--plan", plan, "--fit-windows", 4]
+    assert call("search", parent, "--out", tmp_path / "search", *options, *common, *SMALL) == 0
+    measured = read_record(tmp_path / "search", SearchResult).result.kl.mean
+    assert call("fuse", parent, "--plan", plan, "--out", tmp_path / "student", *common) == 0
+    from ffn_fusion.core.losses import kl_to, reference
+    from ffn_fusion.hf.text import read_windows
+    from ffn_fusion.settings import Text
+
+    text = Text(text=(str(texts[0]),), length=32)
+    ids = read_windows(text, tiny_tokenizer(), 4, "measure").ids
+    teacher = ModelFolder(parent).load(torch.float32, "cpu")
+    student = ModelFolder(tmp_path / "student").load(torch.float32, "cpu")
+    with torch.no_grad():
+        ref = reference(teacher(input_ids=ids).logits.flatten(0, 1))
+        kl = kl_to(ref, student(input_ids=ids).logits.flatten(0, 1)).mean()
+    assert measured == pytest.approx(float(kl), rel=1e-4)
+
+
+def test_the_dependency_matrix_is_upper_triangular_and_agrees_with_removing_a_block_by_hand(
+    finished: Path, tiny_parent: Callable[[str], Path], texts: tuple[Path, Path]
+) -> None:
+    from ffn_fusion.hf.probe import record
+    from ffn_fusion.hf.text import read_windows
+    from ffn_fusion.settings import Text
+
+    found = read_record(finished / "analysis", AnalyzeResult).result
+    matrix = torch.tensor(found.block_dependency)
+    assert torch.equal(matrix, matrix.triu(1))
+    ids = read_windows(Text(text=(str(texts[0]),), length=32), tiny_tokenizer(), 4, "measure").ids
+    model = ModelFolder(tiny_parent("llama")).load(torch.float32, "cpu")
+    clean = record(model, ids)
+    layers = model.model.layers
+    hook = layers[2].register_forward_hook(lambda _, args, __: args[0])  # the block hands its input on
+    dropped = record(model, ids)
+    hook.remove()
+    cos = torch.nn.functional.cosine_similarity(clean.contribution(4), dropped.contribution(4), dim=-1)
+    assert found.block_dependency[2][4] == pytest.approx(float((1 - cos).mean()), abs=1e-4)
+
+
+def test_a_student_loads_with_its_own_code_in_stock_transformers(finished: Path) -> None:
+    """Dynamic and static caches give the same tokens, and saving it again loses nothing."""
+    folder = finished / "student"
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    ours = ModelFolder(folder).load(torch.float32, "cpu")
+    ids = torch.randint(4, 128, (1, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, ours(input_ids=ids).logits)
+    options = {"max_new_tokens": 8, "do_sample": False}
+    dynamic = model.generate(ids, **options)
+    assert torch.equal(dynamic, model.generate(ids, **options, use_cache=False))
+    assert torch.equal(dynamic, model.generate(ids, **options, cache_implementation="static"))
+
+
+def test_config_of_a_student_is_what_engines_read(finished: Path) -> None:
+    config = json.loads((finished / "student" / "config.json").read_text())
+    assert config["architectures"] == ["DeciLMForCausalLM"]
+    assert config["model_type"] == "nemotron-nas"
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
+    attention, ffn = config["block_configs"][0]["attention"], config["block_configs"][0]["ffn"]
+    assert set(ffn) == {"no_op", "replace_with_linear", "ffn_mult", "sparsify"}
+    assert isinstance(ffn["ffn_mult"], float)
+    assert set(attention) == {
+        *("no_op", "replace_with_linear", "n_heads_in_group", "sparsify", "num_sink_tokens", "unshifted_sink"),
+        *("use_prefill_window_in_sink_attention", "window_length"),
+    }
+
+
+def test_a_student_can_be_a_parent_again(finished: Path, tmp_path: Path) -> None:
+    student = finished / "student"
+    plan = ModelFolder(student).plan
+    assert call("fuse", student, "--plan", str(plan), "--out", tmp_path / "again", "--calibrate", "none") == 0
+    ids = torch.randint(4, 128, (1, 12))
+    with torch.no_grad():
+        a, b = (
+            ModelFolder(path).load(torch.float32, "cpu")(input_ids=ids).logits for path in (student, tmp_path / "again")
+        )
+    assert torch.equal(a, b)
+
+
+def test_a_killed_calibration_continues_and_gives_the_same_student(
+    tiny_parent: Callable[[str], Path], texts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "ffn_fusion", "fuse", str(tiny_parent("llama")), "--plan", PLAN]
+    command += ["--text", str(texts[0]), "--length", "32", "--fit-windows", "16"]
+    subprocess.run([*command, "--out", tmp_path / "whole"], check=True, capture_output=True)
+    state = tmp_path / ".killed.partial" / "state" / "calibration.json"
+    process = subprocess.Popen([*command, "--out", tmp_path / "killed"], stderr=subprocess.DEVNULL)
+    while process.poll() is None and not state.exists():
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed").exists()
+    done = subprocess.run([*command, "--out", tmp_path / "killed"], check=True, capture_output=True, text=True)
+    assert "taking up" in done.stderr
+    names = ("model.safetensors", "plan.json", "config.json")
+    assert all((tmp_path / "whole" / n).read_bytes() == (tmp_path / "killed" / n).read_bytes() for n in names)
+
+
+def test_ctrl_c_is_one_line_and_status_130(
+    tiny_parent: Callable[[str], Path], texts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "ffn_fusion", "analyze", str(tiny_parent("llama")), "--out", tmp_path / "a"]
+    command += ["--text", texts[0], "--length", "64", "--windows", "20", "--batch-size", "1"]
+    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / ".a.partial" / "state" / "sums.json").exists():
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_full_disk_is_one_line(
+    tiny_parent: Callable[[str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, os.strerror(28), "student.safetensors")
+
+    monkeypatch.setattr("ffn_fusion.hf.checkpoint.ShardWriter.write", full)
+    out = tmp_path / "s"
+    assert call("fuse", tiny_parent("llama"), "--plan", PLAN, "--out", out, "--calibrate", "none") == 2
+    assert "disk is full" in capsys.readouterr().err
+    assert not out.exists()
+
+
+REFUSED = [
+    (["fuse", "{parent}", "--plan", "A0F0 A0F1", "--out", "{out}"], "twice"),
+    (["fuse", "{parent}", "--plan", "A1F0 A2F2", "--out", "{out}"], "layer 0"),
+    (["fuse", "{parent}", "--plan", "A0F0 A9F9", "--out", "{out}"], "attention 9"),
+    (["fuse", "{parent}", "--plan", "nonsense", "--out", "{out}"], "nonsense"),
+    (["fuse", "{parent}", "--plan", "missing.json", "--out", "{out}"], "missing.json"),
+    (["fuse", "{parent}", "--plan", PLAN, "--out", "{out}", "--text", "{short}"], "tokens"),
+    (["fuse", "{parent}", "--plan", PLAN, "--out", "{parent}", "--calibrate", "none"], "exists"),
+    (["fuse", "{parent}", "--plan", PLAN, "--out", "{out}", "--nrom", "last"], "--nrom"),
+    (["fuse", "{parent}", "--plan", PLAN, "--out", "{out}", "--norm", "first"], "first"),
+    (["fuse", "{empty}", "--plan", PLAN, "--out", "{out}"], "config.json"),
+    (["fuse", "{short}.bin", "--plan", PLAN, "--out", "{out}"], "pickle"),
+    (["fuse", "builtin:nothing", "--plan", PLAN, "--out", "{out}"], "smollm2-135m"),
+    (["run", "{parent}", "--out", "{out}"], "--max-kl"),
+    (["run", "{parent}", "--out", "{out}", "--max-kl", "1", "--eval-text", "x", "--text", "x"], "held-out"),
+    (["analyze", "{parent}", "--out", "{out}", "--device", "cuda"], "GPU"),
+    (["report", "{empty}", "--out", "{out}.html"], "record"),
+    (["bench", "--out", "{out}"], "parent"),
+    (["analyze", "{parent}", "--out", "{out}", "--windows", "0"], "--windows"),
+    (["fuse", "{parent}", "--plan", PLAN, "--out", "{out}", "--fit-windows", "1"], "--fit-windows"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "says"), REFUSED)
+def test_bad_input_is_one_clear_line_and_leaves_nothing(
+    arguments: list[str],
+    says: str,
+    tiny_parent: Callable[[str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    empty, short = tmp_path / "empty", tmp_path / "short"
+    empty.mkdir()
+    short.write_text("too short")
+    places = {"parent": tiny_parent("llama"), "out": tmp_path / "out", "empty": empty, "short": short}
+    before = {path.name: path.stat().st_mtime_ns for path in tiny_parent("llama").iterdir()}
+    assert call(*[argument.format(**places) for argument in arguments]) == 2
+    err = capsys.readouterr().err.strip()
+    assert says.lower() in err.lower()
+    assert err.count("\n") == 0, err
+    assert not (tmp_path / "out").exists()
+    assert before == {path.name: path.stat().st_mtime_ns for path in tiny_parent("llama").iterdir()}

@@ -10,7 +10,7 @@ KL to the parent on held-out text (another source than the calibration text), wi
 import argparse
 import json
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 from ffn_fusion import Fusion, Machine, Plan, Text
 from ffn_fusion.hf.machine import device_map, pick_dtype, where
@@ -63,7 +63,7 @@ def main() -> None:
                 same_for_all = fusion.calibrate == "none" and count != options.fit_windows[0]
                 if same_for_all or (fusion != MODES["plain"] and fusion.calibrate != "parent" and not plan.groups):
                     continue
-                meter.fusion = replace(fusion, fit_windows=count)
+                meter.fusion = fusion
                 start = time.perf_counter()
                 kl = meter.fused(plan)
                 seconds = time.perf_counter() - start

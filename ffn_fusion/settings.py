@@ -7,6 +7,7 @@ from cyclopts import Parameter
 from cyclopts.validators import Number
 
 Dtype = Literal["auto", "bf16", "fp16", "fp32"]
+TwoOrMore = Annotated[int, Parameter(validator=Number(gte=2))]
 Positive = Annotated[int, Parameter(validator=Number(gte=1))]
 
 
@@ -53,7 +54,7 @@ class Text:
 
     text: tuple[str, ...] = ("builtin:wikipedia",)
     column: str = "text"
-    length: Annotated[int, Parameter(validator=Number(gte=2))] = 512
+    length: TwoOrMore = 512
     seed: int = 0
 
 
@@ -68,13 +69,10 @@ class Fusion:
         "folded" keeps each member's norm gain, "last" uses the last member's norm for all (the paper's rule).
     calibrate
         Refit the down projections of changed blocks to the parent's own stream, to the unfused run, or not at all.
-    fit_windows
-        Windows of text to fit on; one in eight of them is held out to choose the regularisation.
     """
 
     norm: Literal["folded", "last"] = "folded"
     calibrate: Literal["parent", "unfused", "none"] = "parent"
-    fit_windows: Annotated[int, Parameter(validator=Number(gte=2))] = 64
 
 
 @Parameter(name="*")

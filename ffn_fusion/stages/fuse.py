@@ -17,7 +17,7 @@ from ffn_fusion.hf.resolve import load_tokenizer, read_plan, resolve_model
 from ffn_fusion.hf.student import model_card, write_student
 from ffn_fusion.hf.text import Windows, read_windows
 from ffn_fusion.progress import track
-from ffn_fusion.settings import Fusion, Machine, Text
+from ffn_fusion.settings import Fusion, Machine, Text, TwoOrMore
 
 FITS = "calibration.json"
 STREAMS = "streams.safetensors"
@@ -28,6 +28,7 @@ def fuse(
     *,
     plan: str,
     out: Path,
+    fit_windows: TwoOrMore = 64,
     fusion: Fusion = Fusion(),  # noqa: B008, frozen
     text: Text = Text(length=1024),  # noqa: B008
     machine: Machine = Machine(),  # noqa: B008
@@ -42,6 +43,8 @@ def fuse(
         One-line text or plan.json.
     out
         New student folder.
+    fit_windows
+        Windows of text to fit on; one in eight of them is held out to choose the regularisation.
     """
     parent = resolve_model(model)
     wanted = read_plan(plan)
@@ -50,7 +53,7 @@ def fuse(
     sample = None
     if fusion.calibrate != "none":
         tokenizer = load_tokenizer(parent, machine.trust_remote_code)
-        sample = read_windows(text, tokenizer, fusion.fit_windows, "fit")
+        sample = read_windows(text, tokenizer, fit_windows, "fit")
     inputs = {
         "model": parent.fingerprint,
         "plan": str(wanted),

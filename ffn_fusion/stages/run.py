@@ -11,7 +11,7 @@ from ffn_fusion.errors import UserError
 from ffn_fusion.hf.machine import pick_device, pick_dtype
 from ffn_fusion.hf.model import ModelFolder
 from ffn_fusion.hf.resolve import read_plan, resolve_model
-from ffn_fusion.settings import Budget, Fusion, Machine, Positive, Text
+from ffn_fusion.settings import Budget, Fusion, Machine, Positive, Text, TwoOrMore
 from ffn_fusion.stages.analyze import analyze
 from ffn_fusion.stages.bench import bench
 from ffn_fusion.stages.evaluate import HELD_OUT, evaluate
@@ -28,6 +28,7 @@ def run(
     out: Path,
     plan: str | None = None,
     windows: Positive = 8,
+    fit_windows: TwoOrMore = 64,
     eval_text: tuple[str, ...] = HELD_OUT.text,
     eval_windows: Positive = 16,
     steps: bool = True,
@@ -52,6 +53,8 @@ def run(
         A plan to build instead of searching: its one-line text or a plan.json.
     windows
         Windows of calibration text that scores are measured on.
+    fit_windows
+        Windows of calibration text that the student is fitted on.
     eval_text
         Held-out text, from another source than --text.
     eval_windows
@@ -71,9 +74,8 @@ def run(
     if plan is not None:
         parent.check_plan(read_plan(plan))
     if dry_run:
-        return forecast(parent, windows, fusion, text, eval_windows, steps, machine)
+        return forecast(parent, windows, fit_windows, text, eval_windows, steps, machine)
     analyze(model, out=out / "analysis", windows=windows, text=text, machine=machine)
-    quick = replace(fusion, fit_windows=min(16, fusion.fit_windows))
     found = search(
         model,
         analysis=out / "analysis",
@@ -81,13 +83,14 @@ def run(
         plan=plan,
         windows=windows,
         budget=budget,
-        fusion=quick,
+        fit_windows=min(16, fit_windows),
+        fusion=fusion,
         text=text,
         machine=machine,
     )
     best = Plan.parse(found.result.plan)
     student = out / "student"
-    fuse(model, plan=str(best), out=student, fusion=fusion, text=text, machine=machine)
+    fuse(model, plan=str(best), out=student, fit_windows=fit_windows, fusion=fusion, text=text, machine=machine)
     students = [student]
     if steps:
         unfused, plain = out / "steps" / "attention-removed", out / "steps" / "fused-not-calibrated"
@@ -110,7 +113,7 @@ def run(
 
 
 def forecast(
-    parent: ModelFolder, windows: int, fusion: Fusion, text: Text, eval_windows: int, steps: bool, machine: Machine
+    parent: ModelFolder, windows: int, fit_windows: int, text: Text, eval_windows: int, steps: bool, machine: Machine
 ) -> str:
     """What a run will cost, from a timed matrix product and the model's sizes: an order of magnitude."""
     dtype, device = pick_dtype(machine, parent.checkpoint), pick_device(machine)
@@ -121,7 +124,7 @@ def forecast(
     tokens = {
         "analyze": measured * layers * 2,
         "search": measured * layers * 3 + 8 * (16 * text.length * 4 + measured),
-        "fuse": fusion.fit_windows * text.length * 5 if fusion.calibrate != "none" else 0,
+        "fuse": fit_windows * text.length * 5,
         "eval": eval_windows * 1024 * (6 if steps else 2),
     }
     lines = [f"{parameters:,} parameters, {layers} layers, {device} in {str(dtype).removeprefix('torch.')}"]

@@ -17,10 +17,7 @@ from ffn_fusion.hf.model import PLAN_FILE
 from ffn_fusion.hf.resolve import load_tokenizer, read_plan, resolve_model
 from ffn_fusion.hf.text import read_windows
 from ffn_fusion.progress import track
-from ffn_fusion.settings import Budget, Fusion, Machine, Positive, Text
-
-QUICK = Fusion(fit_windows=16)
-"""Candidates are compared on fewer windows than the student is fitted on at last."""
+from ffn_fusion.settings import Budget, Fusion, Machine, Positive, Text, TwoOrMore
 
 
 def search(
@@ -30,8 +27,9 @@ def search(
     out: Path,
     plan: str | None = None,
     windows: Positive = 8,
+    fit_windows: TwoOrMore = 16,
     budget: Budget = Budget(),  # noqa: B008, frozen
-    fusion: Fusion = QUICK,
+    fusion: Fusion = Fusion(),  # noqa: B008
     text: Text = Text(),  # noqa: B008
     machine: Machine = Machine(),  # noqa: B008
 ) -> Record[SearchResult]:
@@ -49,6 +47,8 @@ def search(
         A plan to measure instead of searching: its one-line text or a plan.json.
     windows
         Windows of text to measure on.
+    fit_windows
+        Windows of text to fit candidates on; fewer than for the student do to compare them.
     """
     parent = resolve_model(model)
     analysed = read_record(analysis, AnalyzeResult).result
@@ -62,7 +62,7 @@ def search(
     tokenizer = load_tokenizer(parent, machine.trust_remote_code)
     measure, fit = (
         read_windows(text, tokenizer, windows, "measure"),
-        read_windows(text, tokenizer, fusion.fit_windows, "fit"),
+        read_windows(text, tokenizer, fit_windows, "fit"),
     )
     dtype = pick_dtype(machine, parent.checkpoint)
     inputs = {

@@ -13,6 +13,7 @@ from ffn_fusion.errors import UserError
 from ffn_fusion.hf.calibrate import Calibration, Streams, blocks_to_fit
 from ffn_fusion.hf.meter import Meter
 from ffn_fusion.hf.model import ModelFolder
+from ffn_fusion.hf.probe import record
 from ffn_fusion.settings import Fusion, Machine
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "granite", "gemma", "smollm3", "arcee", "starcoder2")
@@ -92,6 +93,16 @@ def test_a_calibration_taken_up_again_gives_the_same_fits(tiny_parent: Callable[
     assert torch.equal(first, whole[0])
     assert len(rest) == 1
     assert torch.equal(rest[0], whole[1])
+
+
+def test_known_parent_streams_give_the_same_fits(tiny_parent: Callable[[str], Path]) -> None:
+    folder = ModelFolder(tiny_parent("granite"))
+    ids = windows(16, 0)
+    known = record(folder.load(torch.float32, "cpu"), ids).streams
+    computed = [weight for _, weight, _ in calibration(folder, PLAN).run(ids)]
+    given = [weight for _, weight, _ in calibration(folder, PLAN).run(ids, known=known)]
+    for a, b in zip(computed, given, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
 def test_wide_blocks_are_fitted_in_slices(tiny_parent: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,11 +130,11 @@ def test_every_figure_and_number_is_there(stages: Path, tmp_path: Path) -> None:
     text = html.unescape(re.sub(r"<[^>]*>", " ", page))
     for shown in (
         "0.079", "81.3%", "20.09 → 22.20", "1.38×", "11 → 7", "1,234,567 → 987,654",  # headlines
-        "0.0789", "0.06312 to 0.09468", "0.9456", "+0.1000",  # scores
-        "8.25", "6.5", "8.15 to 8.45", "61 %", "812.5 GB/s",  # speed
+        "0.07890", "0.06312 to 0.09468", "0.9456", "0.08000 to 0.1200",  # scores
+        "8.25", "6.5", "8.150 to 8.450", "61%", "812.5 GB/s",  # speed
         "0.0451", "0.0612", "0.0534", "remove <A1>", "2 steps tried, 1 kept",  # search
-        "0.875", "0.4375", "-50.0 %", "0.1, –", "987,654 of 1,234,567",  # calibration
-        "after layers 1-3; the longest is 1237", "channel 41", "removes (2-4)",  # analysis
+        "0.875", "0.4375", "−50.0%", "0.1, –", "987,654 of 1,234,567",  # calibration
+        "after layers 1-3; the longest is 1,237", "channel 41", "removes (2-4)",  # analysis
         "n = 8 windows of 128 tokens", "seed 7, fp32, test device, 2030-01-02", "torch 9.8.7", "12.3",
     ):  # fmt: skip
         assert shown in text, shown

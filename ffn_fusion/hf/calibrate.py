@@ -4,7 +4,7 @@ Each layer is in memory only while the streams pass it, so the cost in memory is
 whole fit is about one forward pass of the parent and three of the student's changed blocks.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -101,12 +101,17 @@ class Calibration:
         return f"model.layers.{block}.{FFN}.{self.arch.output}.weight"
 
     @torch.no_grad()
-    def run(self, ids: Tensor, streams: Streams | None = None) -> Iterator[tuple[BlockFit, Tensor, Streams]]:
+    def run(
+        self, ids: Tensor, streams: Streams | None = None, known: Sequence[Tensor] | None = None
+    ) -> Iterator[tuple[BlockFit, Tensor, Streams]]:
         """Yield each fit, the block's new down projection [d, h], and the state to resume from, front to back.
 
-        `ids` is [windows, length]; the last one in `HELD_OUT` windows is held out.
+        `ids` is [windows, length]; the last one in `HELD_OUT` windows is held out. `known` is the parent's stream
+        before each layer and after the last, for callers that fit many plans on the same text.
         """
-        embedded, self._kwargs = self._enter(ids)
+        self._known = known
+        embedded, self._kwargs = self._enter(ids if known is None else ids[: self.batch_size])
+        embedded = embedded if known is None else known[0]
         state = streams or Streams(0, 0, embedded, None)
         for index in range(state.block, max(self.to_fit, default=-1) + 1):
             if state.student is None and index in self.to_fit:
@@ -125,8 +130,8 @@ class Calibration:
         layer = self._student_layer(index, block)
         if block.attention:
             self._advance(student, partial(self._attend, layer, block.attention.layer))
-        target = self._unfused(student, block) if self.target == "unfused" else state.parent
         self._advance_parent(state, self._ends[index])
+        target = self._unfused(student, block) if self.target == "unfused" else state.parent
         fit = self._fit(index, layer, student, target) if index in self.to_fit else None
         self._advance(student, partial(_ffn, layer))
         weight = self._output(layer).weight.data
@@ -166,6 +171,9 @@ class Calibration:
             batch.copy_(step(batch.to(self.device)))
 
     def _advance_parent(self, state: Streams, end: int) -> None:
+        if self._known is not None:
+            state.parent, state.layer = self._known[end], end
+            return
         for index in range(state.layer, end):
             layer = self._parent_layer(index)
             self._advance(state.parent, lambda x, layer=layer, i=index: layer(x, **self._layer_kwargs(i, x)))  # type: ignore[misc]

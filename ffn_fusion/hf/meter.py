@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -22,7 +23,8 @@ from ffn_fusion.settings import Fusion, Machine
 class Meter:
     """Holds a parent in memory with its predictions on the measuring text, and measures students against it.
 
-    Memory: the parent, its probabilities on all measured tokens in float32, and the changed blocks of one student.
+    Memory: the parent, its probabilities on all measured tokens in float32, the changed blocks of one student, and on
+    the host the parent's streams on the fitting text.
     """
 
     def __init__(
@@ -58,8 +60,16 @@ class Meter:
             dtype=self.model.dtype,
             batch_size=self.machine.batch_size,
         )
-        fits = {calibration.output_name(fit.block): weight for fit, weight, _ in calibration.run(self._fit)}
+        fitted = calibration.run(self._fit, known=self._fit_streams)
+        fits = {calibration.output_name(fit.block): weight for fit, weight, _ in fitted}
         return self._kl_of(self._student(plan, fits))
+
+    @cached_property
+    def _fit_streams(self) -> list[Tensor]:
+        """The parent's stream on the fitting text before each layer and after the last, on the host."""
+        batches = self._fit.to(self.model.device).split(self.machine.batch_size)
+        passes = [[s.cpu() for s in record(self.model, ids, outputs=False).streams] for ids in batches]
+        return [torch.cat(parts) for parts in zip(*passes, strict=True)]
 
     def removals(self, removed: list[int], candidates: list[int]) -> dict[int, Estimate]:
         """KL with the attentions `removed` and each one of `candidates` gone, from the layer where it differs."""

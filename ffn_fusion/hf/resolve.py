@@ -1,7 +1,7 @@
 """What a user names → what the stages work on: a checked model folder, its tokenizer, a plan."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -33,6 +33,18 @@ def resolve_model(name: str) -> ModelFolder:
         model = ModelFolder(_hub(name))
     model.check()
     return model
+
+
+def labels(names: Sequence[str]) -> list[str]:
+    """Names for tables: of a local path, as few last parts as tell it from the others."""
+
+    def shortened(name: str, depth: int) -> str:
+        return "/".join(Path(name).parts[-depth:]) if Path(name).is_dir() else name
+
+    depth = 1
+    while len({shortened(name, depth) for name in names}) < len(set(names)):
+        depth += 1
+    return [shortened(name, depth) for name in names]
 
 
 def load_tokenizer(model: ModelFolder, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -94,7 +106,7 @@ def _convert(path: Path, out: Path, split_digits: bool = False) -> None:
             )
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
             model.save_pretrained(out)
-    except (ValueError, KeyError, OSError, RuntimeError) as error:
+    except Exception as error:  # a broken file can fail anywhere inside
         raise UserError(f"transformers cannot read {path}: {' '.join(str(error).split())[:200]}") from None
     if split_digits:
         # The GGUF keeps only the byte-level step; the model was trained with single digits (docs/notebook.md).

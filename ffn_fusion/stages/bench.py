@@ -15,7 +15,7 @@ from ffn_fusion.core.records import BenchModel, BenchResult, BenchRow, Spread
 from ffn_fusion.folder import Environment, Record, StageFolder, run_stage
 from ffn_fusion.hf.machine import device_map, pick_device, pick_dtype, where
 from ffn_fusion.hf.model import ModelFolder
-from ffn_fusion.hf.resolve import resolve_model
+from ffn_fusion.hf.resolve import labels, resolve_model
 from ffn_fusion.progress import track
 from ffn_fusion.settings import Machine, Positive
 
@@ -58,16 +58,16 @@ def bench(
     repeats
         Timed repeats of each model and batch size, after one untimed.
     """
-    models = (parent, *students)
-    folders = [resolve_model(name) for name in models]
+    names = labels((parent, *students))
+    folders = [resolve_model(name) for name in (parent, *students)]
     dtype = pick_dtype(machine, folders[0].checkpoint)
     settings = {"batch_sizes": batch_sizes, "prompt": prompt_length, "new_tokens": new_tokens, "repeats": repeats}
-    inputs = {"models": [folder.fingerprint for folder in folders], "names": models, "dtype": str(dtype), **settings}
+    inputs = {"models": [folder.fingerprint for folder in folders], "names": names, "dtype": str(dtype), **settings}
 
     def work(_: StageFolder) -> tuple[BenchResult, Environment]:
         loaded = [
             _Loaded(name, folder.load(dtype, device_map(machine)), cost_of(folder, dtype))
-            for name, folder in zip(models, folders, strict=True)
+            for name, folder in zip(names, folders, strict=True)
         ]
         bandwidth = _copy_bandwidth(pick_device(machine))
         rows: list[BenchRow] = []

@@ -15,7 +15,7 @@ from ffn_fusion.core.stats import estimate
 from ffn_fusion.errors import UserError
 from ffn_fusion.folder import Environment, Record, StageFolder, run_stage
 from ffn_fusion.hf.machine import device_map, pick_dtype, where
-from ffn_fusion.hf.resolve import load_tokenizer, resolve_model
+from ffn_fusion.hf.resolve import labels, load_tokenizer, resolve_model
 from ffn_fusion.hf.text import Windows, read_windows
 from ffn_fusion.progress import track
 from ffn_fusion.settings import Machine, Positive, Text
@@ -44,6 +44,7 @@ def evaluate(
     windows
         Windows of text to measure on.
     """
+    names = labels((parent, *students))
     folders = [resolve_model(name) for name in (parent, *students)]
     for student in folders[1:]:
         if student.config.vocab_size != folders[0].config.vocab_size:
@@ -52,7 +53,7 @@ def evaluate(
     dtype = pick_dtype(machine, folders[0].checkpoint)
     inputs = {
         "models": [folder.fingerprint for folder in folders],
-        "names": [parent, *students],
+        "names": names,
         "text": held_out.sample.digest,
         "dtype": str(dtype),
     }
@@ -60,7 +61,7 @@ def evaluate(
     def work(folder: StageFolder) -> tuple[EvalResult, Environment]:
         scores = cattrs.structure(folder.load("scores.json") or [], list[ModelScore])
         loaded = folders[0].load(dtype, device_map(machine))
-        for name, model in list(zip((parent, *students), folders, strict=True))[len(scores) :]:
+        for name, model in list(zip(names, folders, strict=True))[len(scores) :]:
             student = None if model is folders[0] else model.load(dtype, device_map(machine))
             scores.append(_score(name, loaded, student, held_out))
             folder.save("scores.json", [asdict(score) for score in scores])

@@ -36,7 +36,6 @@ STYLE = {
     "text.parse_math": False,
     "font.family": "sans-serif",
     "font.size": 9,
-    "axes.labelsize": 9,
     "xtick.labelsize": 8.5,
     "ytick.labelsize": 8.5,
     "legend.fontsize": 8.5,
@@ -127,18 +126,15 @@ def scores(
 ) -> str:
     """KL of removing each sublayer, with 95 % intervals where there are any."""
     scored = list(enumerate(attention))
+    ring = {"color": RED, "marker": "o", "markersize": 5, "markerfacecolor": "none", "markeredgewidth": 1.4}
     series: tuple[tuple[str, list[tuple[int, Estimate | None]], dict[str, Any]], ...] = (
         ("FFN", list(enumerate(ffn)), {"color": GREY, "marker": "s", "markersize": 3.2}),
         (
             "attention, kept",
-            [(layer, e) for layer, e in scored if layer not in removed],
+            [p for p in scored if p[0] not in removed],
             {"color": BLUE, "marker": "o", "markersize": 4.2},
         ),
-        (
-            "attention, removed",
-            [(layer, e) for layer, e in scored if layer in removed],
-            {"color": RED, "marker": "o", "markersize": 5, "markerfacecolor": "none", "markeredgewidth": 1.4},
-        ),
+        ("attention, removed", [p for p in scored if p[0] in removed], ring),
     )
     positive = [e.mean for e in (*attention, *ffn) if e is not None and e.mean > 0]
 
@@ -168,20 +164,27 @@ def scores(
 def geometry(name: str, curves: Geometry, massive: Collection[int]) -> str:
     """The three curves of the residual stream, one above the other; layers with massive activations are shaded."""
     panels = (
-        ("turn of the stream", curves.turn, BLUE),
-        ("contribution / stream", curves.norm_ratio, GREEN),
-        ("alignment", curves.alignment, GOLD),
+        ("turn of the stream (1 − cosine)", curves.turn, BLUE),
+        ("length of the contribution / length of the stream, log scale", curves.norm_ratio, GREEN),
+        ("cosine of contribution and stream", curves.alignment, GOLD),
     )
+
+    spans: list[tuple[int, int]] = []
+    for layer in sorted(massive):
+        joins = bool(spans) and layer <= spans[-1][1] + 1
+        spans[-1:] = [(spans[-1][0], layer)] if joins else [*spans[-1:], (layer, layer)]
 
     def paint(figure: Figure) -> None:
         column = figure.subplots(len(panels), 1, sharex=True)
         for axes, (label, values, colour) in zip(column, panels, strict=True):
-            for layer in massive:
-                axes.axvspan(layer - 0.5, layer + 0.5, color=RULE, linewidth=0)
+            for first, last in spans:
+                axes.axvspan(first - 0.5, last + 0.5, color=RULE, alpha=0.6, linewidth=0)
             axes.plot(values, color=colour, marker="o", markersize=2.8, linewidth=1.3)
             axes.set_title(label, loc="left", fontsize=9, pad=3)
             axes.yaxis.set_major_locator(MaxNLocator(4))
             axes.grid(axis="y")
+        column[1].set_yscale("log", nonpositive="mask")
+        _plain_log(column[1])
         column[2].axhline(0, color=MUTED, linewidth=0.8)
         column[2].set_xlabel("layer")
         column[2].xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -210,9 +213,9 @@ def steps(name: str, bars: Sequence[Bar]) -> str:
             axes.text(
                 end + highest * 0.02, y, f"{bar.estimate.mean:.3f}" if bar.estimate else "0", va="center", fontsize=8.5
             )
-        axes.set_yticks(list(places), [_short(bar.label) for bar in bars])
+        axes.set_yticks(list(places), [short(bar.label) for bar in bars])
         axes.tick_params(axis="y", length=0, labelcolor=INK)
-        axes.invert_yaxis()
+        axes.set_ylim(len(bars) - 0.4, -0.6)
         axes.set_xlim(0, max(*ends, highest) * 1.16 or 1)
         axes.set_xlabel("KL to parent (nats a token)")
         axes.grid(axis="x")
@@ -237,7 +240,7 @@ def speed(name: str, rows: Sequence[BenchRow]) -> str:
             whiskers = [[t.median - t.low for t in times], [t.high - t.median for t in times]]
             axes.bar(
                 places, [t.median for t in times], width * 0.92, yerr=np.maximum(whiskers, 0),
-                color=SERIES[i % len(SERIES)], error_kw={"elinewidth": 1, "ecolor": INK}, label=_short(model),
+                color=SERIES[i % len(SERIES)], error_kw={"elinewidth": 1, "ecolor": INK}, label=short(model),
             )  # fmt: skip
             for place, row in zip(places, own, strict=True):
                 at = (place, max(row.decode_ms.high, row.decode_ms.median))
@@ -265,9 +268,8 @@ def _render(name: str, height: float, paint: Callable[[Figure], None]) -> str:
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)
-    view = re.search(r'viewBox="[^"]*"', text)
-    assert view is not None, "an SVG from matplotlib names its viewBox"
-    text = re.sub(r"<svg[^>]*>", f'<svg role="img" {view[0]}>', text, count=1)
+    head = r'<svg role="img" aria-label="chart, explained in its caption" \1>'
+    text = re.sub(r'<svg[^>]*(viewBox="[^"]*")[^>]*>', head, text, count=1)
     text = re.sub(r'\bid="', f'id="{name}-', text)
     text = text.replace("url(#", f"url(#{name}-").replace('href="#', f'href="#{name}-')
     for colour, variable in VARIABLES.items():
@@ -293,6 +295,6 @@ def _end(estimate: Estimate | None) -> float:
     return estimate.high if math.isfinite(estimate.high) else estimate.mean
 
 
-def _short(label: str, length: int = 24) -> str:
+def short(label: str, length: int = 24) -> str:
     """The end of a long name, which is where paths differ."""
     return label if len(label) <= length else "…" + label[1 - length :]

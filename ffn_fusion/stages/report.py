@@ -175,7 +175,14 @@ def render(records: Records) -> str:
     """The page as text."""
     loader = FileSystemLoader(Path(__file__).parent)
     jinja = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    jinja.filters |= {"count": "{:,}".format, "sig": "{:.4g}".format, "interval": interval, "contiguous": contiguous}
+    jinja.filters |= {
+        "count": "{:,}".format,
+        "sig": significant,
+        "interval": interval,
+        "signed": _signed,
+        "contiguous": contiguous,
+        "short": figures.short,
+    }
     return jinja.get_template("report.html.jinja").render(
         records=records,
         plan=records.plan,
@@ -190,9 +197,15 @@ def render(records: Records) -> str:
     )
 
 
+def significant(value: float) -> str:
+    """Four digits, zeros at the end included, so that columns line up."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.4g}"
+
+
 def interval(estimate: Estimate) -> str:
-    """The 95 % interval; one window has none."""
-    return f"{estimate.low:.4g} to {estimate.high:.4g}" if math.isfinite(estimate.stderr) else NO_VALUE
+    """The 95% interval; one window has none."""
+    ends = f"{significant(estimate.low)} to {significant(estimate.high)}"
+    return ends if math.isfinite(estimate.stderr) else NO_VALUE
 
 
 def step_bars(records: Records) -> list[Bar]:
@@ -259,7 +272,12 @@ def _size(records: Records) -> Iterator[Headline]:
         fused = records.fuse[-1].result
         share = fused.num_parameters / fused.parent_parameters - 1
         value = f"{_millions(fused.parent_parameters)} → {_millions(fused.num_parameters)}"
-        yield Headline("Parameters", value, f"{share:+.1%}; {fused.parent_parameters:,} → {fused.num_parameters:,}")
+        yield Headline("Parameters", value, f"{_signed(share)}; {fused.parent_parameters:,} → {fused.num_parameters:,}")
+
+
+def _signed(share: float) -> str:
+    """A change in percent, with a true minus sign."""
+    return f"{share:+.1%}".replace("-", "−")
 
 
 def _millions(count: int) -> str:

@@ -9,8 +9,8 @@ READY := $(VENV)/.ready
 
 .PHONY: demo test check clean
 demo: $(READY)
-	$(BIN)/ffn-fusion run builtin:smollm2-135m --remove-attention 8 --windows 4 --out runs/demo
-	$(BIN)/ffn-fusion generate runs/demo/student "Explain in two sentences why the sky is blue."
+	$(BIN)/ffn-fusion run builtin:smollm2-135m --remove-attention 8 --windows 4 --trials 6 --eval-windows 8 --out runs/demo
+	$(BIN)/ffn-fusion generate runs/demo/student "What is the capital of France?"
 	@echo "open runs/demo/report.html"
 
 test: $(READY)

@@ -64,7 +64,7 @@ def test_bytes_are_those_of_the_text_that_each_window_predicts(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda p: p.joinpath("t.txt").write_text("short"), "5 tokens"),
+        (lambda p: p.joinpath("t.txt").write_text("short"), "7 tokens"),
         (lambda p: p.joinpath("t.jsonl").write_text("{bad"), "line 1"),
         (lambda p: p.joinpath("t.jsonl").write_text('{"other": "x"}'), "other"),
         (lambda p: p.joinpath("t.jsonl").write_bytes(b"\xff\xfe"), "UTF-8"),

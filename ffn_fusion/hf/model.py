@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from ffn_fusion.core.fusion import padded_width
 from ffn_fusion.core.plan import Attention, Block, Ffn, Plan
 from ffn_fusion.errors import UserError
-from ffn_fusion.hf.arch import Arch, arch_of, family, why_not_decilm
+from ffn_fusion.hf.arch import ARCHS, Arch, arch_of, why_not_decilm
 from ffn_fusion.hf.checkpoint import Checkpoint, Spec, fingerprint, read_json
 from ffn_fusion.hf.remote import configuration_ffn_fusion as student_config_file
 from ffn_fusion.hf.remote import modeling_ffn_fusion as student_model_file
@@ -124,6 +124,12 @@ class ModelFolder:
                 self.folder, config=self.config, dtype=dtype, device_map=device_map
             )
         return model.eval()
+
+
+for _arch in ARCHS.values():
+    # So that tokenizers of students find their configuration without remote code.
+    _config_class = getattr(student_model_file, _arch.class_name).config_class
+    AutoConfig.register(_config_class.model_type, _config_class, exist_ok=True)
 
 
 def _build_config(config_class: Any, raw: dict[str, Any], folder: Path) -> Any:
@@ -274,10 +280,6 @@ def copy_companions(parent: Path, student: Path) -> None:
     for module in (student_config_file, student_model_file):
         path = Path(str(module.__file__))
         shutil.copyfile(path, student / path.name)
-
-
-def family_of(folder: ModelFolder) -> str:
-    return family(str(folder.raw_config["model_type"]))
 
 
 @contextmanager

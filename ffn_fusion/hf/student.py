@@ -112,29 +112,29 @@ def _assert_close(found: Tensor, wanted: Tensor, block: str) -> None:
     assert error < TOLERANCE, f"block {block} differs from its members by {error:.1e}; nothing was saved"
 
 
-def model_card(parent_name: str, plan: Plan, layout: str, licence: str | None) -> str:
+def model_card(parent_name: str, plan: Plan, layout: str) -> str:
     """README of the student folder."""
-    removed = plan.groups
     return f"""---
-{f"license: {licence}" if licence else "license: other"}
+license: other
 base_model: {parent_name}
 library_name: transformers
 tags: [ffn-fusion]
 ---
 # A fused student of {parent_name}
 
-Made by [ffn-fusion](https://pypi.org/project/ffn-fusion/): attention layers removed, runs of FFNs fused into one.
+Made by ffn-fusion: attention layers removed, runs of FFNs fused into one.
 
 - Plan: `{plan}`
 - {len(plan.blocks)} blocks, {len(plan.attention_layers)} attentions, {plan.num_sublayers} sequential sublayers
-- Fused groups (source layers): {removed or "none"}
+- Fused groups (source layers): {plan.groups or "none"}
 - Layout: {layout}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
 ```
 
-`record.json` holds what was measured while it was made. The model inherits its parent's licence and limits.
+`record.json` holds how it was made. The model inherits its parent's licence and limits.
 """

@@ -78,7 +78,7 @@ def fuse(
             names = {calibration.output_name(block): _fit_path(folder, block) for block in calibration.to_fit}
         dropped = write_student(parent, wanted, folder.path, fusion.norm, names)
         layout = student_arch(parent).class_name
-        card = model_card(model, wanted, layout, None)
+        card = model_card(model, wanted, layout)
         (folder.path / "README.md").write_text(card, encoding="utf-8")
         result = _result(model, parent, wanted, folder.path, fusion, dropped, fits, sample.sample if sample else None)
         return result, where(machine, dtype)

@@ -65,8 +65,8 @@ class BlockConfigs:
         if isinstance(rope, dict) and "rope_theta" in rope:
             # MLX-LM reads the old spelling only and falls back to 500,000 in silence.
             data["rope_theta"] = rope["rope_theta"]
-            scaled = rope.get("rope_type", "default") != "default"
-            data["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"} if scaled else None
+            if rope.get("rope_type", "default") != "default":
+                data["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
         return data
 
 

@@ -115,6 +115,17 @@ def test_a_tensor_without_a_place_is_named(tiny_parent: Callable[[str], Path], t
     one_line(lambda: resolve_model(str(folder)), "q_proj.bias")
 
 
+def test_nan_weights_are_named_before_anything_is_measured(tiny_parent: Callable[[str], Path], tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_parent("llama"), folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.3.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    one_line(lambda: resolve_model(str(folder)).load(torch.float32, "cpu"), "layers.3.mlp.up_proj", "NaN")
+
+
 def test_a_plan_is_read_from_text_or_file(tmp_path: Path) -> None:
     plan = Plan.parse("A0F0 A1F1+2")
     path = tmp_path / "plan.json"

@@ -18,6 +18,8 @@ INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+CHUNK = 2**25
+"""Elements read, and checked, at once."""
 MAX_SHARD_BYTES = 5 * 10**9
 
 
@@ -71,12 +73,24 @@ class Checkpoint:
 
     def read(self, name: str) -> Tensor:
         """One tensor, copied out of the file; `UserError` if it holds NaN or infinity."""
-        # The file is opened for each tensor so that its pages leave memory with it.
-        with safe_open(self._file_of[name], framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name).clone()
-        if not torch.isfinite(tensor.sum(dtype=torch.float32)):
-            raise UserError(f"tensor {name} in {self._file_of[name]} holds NaN or infinite values")
+        spec = self.specs[name]
+        tensor = torch.empty(spec.shape, dtype=spec.dtype)
+        num_rows, *row = spec.shape or (1,)
+        step = max(1, CHUNK // max(1, torch.Size(row).numel()))
+        for start in range(0, num_rows, step):
+            chunk = self.rows(name, start, step)
+            if not torch.isfinite(chunk.sum(dtype=torch.float32)):
+                raise UserError(f"tensor {name} in {self._file_of[name]} holds NaN or infinite values")
+            tensor.view(num_rows, *row)[start : start + step] = chunk
         return tensor
+
+    def rows(self, name: str, start: int, count: int) -> Tensor:
+        """Rows [start, start + count) of a tensor, or what there is of them, without reading the others."""
+        # The file is opened each time: pages that it maps leave memory when it is closed.
+        with safe_open(self._file_of[name], framework="pt") as file:
+            stored = file.get_slice(name) if self.specs[name].shape else file.get_tensor(name)[None]
+            found: Tensor = stored[start : start + count].clone()
+        return found
 
 
 def _shards(folder: Path) -> list[Path]:

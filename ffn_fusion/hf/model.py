@@ -123,6 +123,9 @@ class ModelFolder:
             model = model_class(self.arch).from_pretrained(
                 self.folder, config=self.config, dtype=dtype, device_map=device_map
             )
+        for name, parameter in model.named_parameters():
+            if not torch.isfinite(parameter.detach().sum(dtype=torch.float32)):
+                raise UserError(f"tensor {name} in {self.folder} holds NaN or infinite values")
         return model.eval()
 
 

@@ -2,12 +2,12 @@
 
 import json
 from collections.abc import Mapping
+from itertools import accumulate, product
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers.activations import ACT2FN
 
 from ffn_fusion.core.plan import Block, Plan
 from ffn_fusion.hf.arch import FFN, FFN_NORM, Arch
@@ -23,6 +23,8 @@ from ffn_fusion.hf.model import (
 from ffn_fusion.hf.surgery import LAYER, Norm, dropped_tensors, student_recipes
 from ffn_fusion.progress import track
 
+SAMPLED = 128
+"""Channels or outputs compared in each tensor."""
 TOLERANCE = 2e-2
 """Relative difference allowed between a written fused FFN and its members: weights are rounded to bf16 once."""
 
@@ -40,7 +42,11 @@ def write_student(parent: ModelFolder, plan: Plan, out: Path, norm: Norm, fits: 
     with ShardWriter(out, {name: recipe.spec for name, recipe in recipes.items()}) as writer:
         for name, recipe in track(recipes.items(), "fuse: tensors written", len(recipes)):
             writer.write(name, _read_fit(fits[name], recipe.spec.dtype) if name in fits else recipe.build())
-    _check_fused_blocks(parent, plan, Checkpoint(out), arch, norm, fits)
+    sampled = _Sampled(source, Checkpoint(out), arch, norm)
+    for index, block in enumerate(plan.blocks):
+        if block.is_fused:
+            prefix = LAYER.format(index)
+            sampled.check(block, prefix, fitted=f"{prefix}{FFN}.{arch.output}.weight" in fits)
     (out / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
     (out / PLAN_FILE).write_text(plan.to_json(), encoding="utf-8")
     copy_companions(parent.folder, out)
@@ -54,60 +60,50 @@ def _read_fit(path: Path, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype)
 
 
-@torch.no_grad()
-def _check_fused_blocks(
-    parent: ModelFolder, plan: Plan, student: Checkpoint, arch: Arch, norm: Norm, fits: Mapping[str, Path]
-) -> None:
-    """What was written must equal the sum of the members on random input (a fitted block up to its activations)."""
-    act = ACT2FN[parent.config.hidden_act]
-    generator = torch.Generator().manual_seed(0)
-    for index, block in enumerate(plan.blocks):
-        if not block.is_fused:
-            continue
-        x = torch.randn(4, parent.config.hidden_size, generator=generator)
-        prefix = LAYER.format(index)
-        fused = _activations(student, prefix, x, arch, act)
-        members = [_member_activations(parent.checkpoint, block, j, x, arch, act, norm) for j in range(len(block.ffns))]
-        wanted = torch.cat(members, dim=-1)
-        _assert_close(fused[:, : wanted.shape[1]], wanted, str(block))
-        name = f"{prefix}{FFN}.{arch.output}.weight"
-        if name not in fits:
-            down = student.read(name).float()
-            parts = [
-                h @ parent.checkpoint.read(f"{LAYER.format(ffn.layer)}{FFN}.{arch.output}.weight").float().T
-                for h, ffn in zip(members, block.ffns, strict=True)
-            ]
-            _assert_close(fused @ down.T, torch.stack(parts).sum(0), str(block))
+class _Sampled:
+    """Compares samples of a written fused FFN with its members: some channels of each input projection on a random
+    normalised input, and some outputs of the down projection on random activations. Both together are the block."""
+
+    def __init__(self, parent: Checkpoint, student: Checkpoint, arch: Arch, norm: Norm) -> None:
+        self.parent, self.student, self.arch, self.norm = parent, student, arch, norm
+        self.generator = torch.Generator().manual_seed(0)
+
+    def check(self, block: Block, prefix: str, fitted: bool) -> None:
+        members = [LAYER.format(ffn.layer) for ffn in block.ffns]
+        down = f"{FFN}.{self.arch.output}.weight"
+        widths = [self.parent.specs[member + down].shape[1] for member in members]
+        hidden_size, total = self.student.specs[prefix + down].shape
+        x = torch.randn(hidden_size, generator=self.generator)
+        found, wanted = [], []
+        for member, width, end in zip(members, widths, accumulate(widths), strict=True):
+            first, count = self._range(width)
+            norm_of = member if self.norm == "folded" else members[-1]
+            for name, part in product(self.arch.inputs, range(self.arch.parts)):
+                key = f"{FFN}.{name}"
+                wanted.append(self._project(self.parent, member + key, x, norm_of, part * width + first, count))
+                at = part * total + end - width + first
+                found.append(self._project(self.student, prefix + key, x, prefix, at, count))
+        _assert_close(torch.cat(found), torch.cat(wanted), block)
+        if not fitted:
+            h = torch.randn(total, generator=self.generator)
+            rows = self._range(hidden_size)
+            parts = zip(members, h[: sum(widths)].split(widths), strict=True)
+            sums = [self.parent.rows(member + down, *rows).float() @ part for member, part in parts]
+            _assert_close(self.student.rows(prefix + down, *rows).float() @ h, torch.stack(sums).sum(0), block)
+
+    def _range(self, size: int) -> tuple[int, int]:
+        count = min(SAMPLED, size)
+        return int(torch.randint(size - count + 1, (), generator=self.generator)), count
+
+    def _project(self, source: Checkpoint, key: str, x: Tensor, norm_prefix: str, start: int, count: int) -> Tensor:
+        norm = norm_prefix + FFN_NORM
+        z = x * (source.read(f"{norm}.weight").float() + self.arch.norm_offset)
+        z = z + source.read(f"{norm}.bias").float() if f"{norm}.bias" in source.specs else z
+        y = source.rows(f"{key}.weight", start, count).float() @ z
+        return y + source.rows(f"{key}.bias", start, count).float() if f"{key}.bias" in source.specs else y
 
 
-def _member_activations(
-    source: Checkpoint, block: Block, member: int, x: Tensor, arch: Arch, act: torch.nn.Module, norm: Norm
-) -> Tensor:
-    prefix = LAYER.format(block.ffns[member].layer)
-    of_norm = prefix if norm == "folded" else LAYER.format(block.ffns[-1].layer)
-    return _activations(source, prefix, x, arch, act, of_norm)
-
-
-def _activations(
-    source: Checkpoint, prefix: str, x: Tensor, arch: Arch, act: torch.nn.Module, norm_prefix: str | None = None
-) -> Tensor:
-    """Hidden activations [N, h] of one FFN on a normalised input before the norm's gain, in float32."""
-    norm = f"{norm_prefix or prefix}{FFN_NORM}."
-    x = x * (source.read(f"{norm}weight").float() + arch.norm_offset)
-    if f"{norm}bias" in source.specs:
-        x = x + source.read(f"{norm}bias").float()
-    projected: list[Tensor] = []
-    for name in arch.inputs:
-        key = f"{prefix}{FFN}.{name}"
-        y = x @ source.read(f"{key}.weight").float().T
-        projected += (y + source.read(f"{key}.bias").float() if f"{key}.bias" in source.specs else y).chunk(
-            arch.parts, -1
-        )
-    activated: Tensor = act(projected[0])
-    return activated * projected[1] if len(projected) > 1 else activated
-
-
-def _assert_close(found: Tensor, wanted: Tensor, block: str) -> None:
+def _assert_close(found: Tensor, wanted: Tensor, block: Block) -> None:
     error = float((found - wanted).norm() / wanted.norm())
     assert error < TOLERANCE, f"block {block} differs from its members by {error:.1e}; nothing was saved"
 

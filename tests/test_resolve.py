@@ -61,9 +61,9 @@ def write_gguf(model: PreTrainedModel, path: Path) -> None:
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(["t", "1", *(f"t{i}" for i in range(1, config.vocab_size - 1))])
+    writer.add_token_list(["t", "1", "11", *(f"t{i}" for i in range(1, config.vocab_size - 2))])
     writer.add_token_types([1] * config.vocab_size)
-    writer.add_token_merges(["t 1"])
+    writer.add_token_merges(["t 1", "1 1"])  # one alone is read back as a string
     names = {
         "input_layernorm": "attn_norm",
         "post_attention_layernorm": "ffn_norm",

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ffn_fusion.core.calibration import RidgeSystem, best_solution
+from ffn_fusion.core.calibration import RidgeSystem, Solution, best_solution
 from ffn_fusion.core.plan import Block, Plan
 from ffn_fusion.errors import UserError
 from ffn_fusion.hf.arch import FFN
 from ffn_fusion.hf.checkpoint import Source
 from ffn_fusion.hf.model import ModelFolder, materialise, restore_buffers, skeleton, student_arch, student_config
-from ffn_fusion.hf.surgery import block_recipes
+from ffn_fusion.hf.surgery import LAYER, block_recipes
 from ffn_fusion.settings import Fusion
 
 Layer = Any
@@ -98,7 +98,7 @@ class Calibration:
 
     def output_name(self, block: int) -> str:
         """Name of the tensor that a fit of this block replaces."""
-        return f"model.layers.{block}.{FFN}.{self.arch.output}.weight"
+        return f"{LAYER.format(block)}{FFN}.{self.arch.output}.weight"
 
     @torch.no_grad()
     def run(
@@ -106,7 +106,7 @@ class Calibration:
     ) -> Iterator[tuple[BlockFit, Tensor, Streams]]:
         """Yield each fit, the block's new down projection [d, h], and the state to resume from, front to back.
 
-        `ids` is [windows, length]; the last one in `HELD_OUT` windows is held out. `known` is the parent's stream
+        `ids` is [windows, length]; the last eighth of the windows is held out. `known` is the parent's stream
         before each layer and after the last, for callers that fit many plans on the same text.
         """
         self._known = known
@@ -160,9 +160,9 @@ class Calibration:
         return materialise(self._student_shell.model.layers[index], makers, self.device, self.dtype)
 
     def _parent_layer(self, index: int) -> Layer:
-        prefix = f"model.layers.{index}."
+        prefix = LAYER.format(index)
         names = [name for name in self.source.specs if name.startswith(prefix)]
-        makers = {name.removeprefix(prefix): _reader(self.source, name) for name in names}
+        makers = {name.removeprefix(prefix): partial(self.source.read, name) for name in names}
         return materialise(self._parent_shell.model.layers[index], makers, self.device, self.dtype)
 
     def _advance(self, stream: Tensor, step: Callable[[Tensor], Tensor]) -> None:
@@ -202,18 +202,13 @@ class Calibration:
     def _fit(self, index: int, layer: Layer, student: Tensor, wanted: Tensor) -> BlockFit:
         width = self._output(layer).in_features
         slices = [slice(start, min(start + MAX_CHANNELS, width)) for start in range(0, width, MAX_CHANNELS)]
-        errors: list[float] = []
-        strengths: list[float | None] = []
-        for channels in slices * (SWEEPS if len(slices) > 1 else 1):
-            before, after, strength = self._fit_slice(layer, channels, student, wanted)
-            errors = [*errors[:1], before, after] if not errors else [errors[0], after]
-            strengths.append(strength)
-        scale = self._held_out_scale(student, wanted)
-        return BlockFit(index, str(self.plan.blocks[index]), errors[0] / scale, errors[-1] / scale, tuple(strengths))
+        sweeps = SWEEPS if len(slices) > 1 else 1
+        fits = [self._fit_slice(layer, channels, student, wanted) for channels in slices * sweeps]
+        scale = _held_out_scale(student, wanted)
+        before, after = fits[0].error_before / scale, fits[-1].error_after / scale
+        return BlockFit(index, str(self.plan.blocks[index]), before, after, tuple(fit.strength for fit in fits))
 
-    def _fit_slice(
-        self, layer: Layer, channels: slice, student: Tensor, wanted: Tensor
-    ) -> tuple[float, float, float | None]:
+    def _fit_slice(self, layer: Layer, channels: slice, student: Tensor, wanted: Tensor) -> Solution:
         output = self._output(layer)
         system = RidgeSystem(channels.stop - channels.start, output.out_features, self.device)
         held = _num_held_out(student)
@@ -232,7 +227,7 @@ class Calibration:
         if solution.delta is not None:
             weight = output.weight.data
             weight[:, channels] = (weight[:, channels].float() + solution.delta.T).to(weight.dtype)
-        return solution.error_before, solution.error_after, solution.strength
+        return solution
 
     def _tokens(self, layer: Layer, channels: slice, x: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden activations [N, h], residual [N, d] in the units of the down projection, and weights 1/|x|^2 [N]."""
@@ -241,17 +236,11 @@ class Calibration:
         y = _ffn(layer, x)
         hook.remove()
         residual = (wanted.float() - y.float()) / layer.residual_multiplier
-        weights = 1 / x.float().square().sum(-1).clamp(min=1e-12)
-        return seen[0][..., channels].flatten(0, 1), residual.flatten(0, 1), weights.flatten()
+        return seen[0][..., channels].flatten(0, 1), residual.flatten(0, 1), _weights(x).flatten()
 
     def _batches(self, student: Tensor, wanted: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         for x, y in zip(student.split(self.batch_size), wanted.split(self.batch_size), strict=True):
             yield x.to(self.device), y.to(self.device)
-
-    def _held_out_scale(self, student: Tensor, wanted: Tensor) -> float:
-        held = _num_held_out(student)
-        x, y = student[-held:].float(), wanted[-held:].float()
-        return float(((y - x).square().sum(-1) / x.square().sum(-1)).sum())
 
     def _output(self, layer: Layer) -> nn.Linear:
         output = getattr(layer.mlp, self.arch.output)
@@ -277,9 +266,17 @@ def _ffn(layer: Layer, x: Tensor) -> Tensor:
     return result
 
 
+def _weights(x: Tensor) -> Tensor:
+    """1 / |x|^2 of each token, so that a few massive activations do not own the fit."""
+    return 1 / x.float().square().sum(-1).clamp(min=1e-12)
+
+
+def _held_out_scale(student: Tensor, wanted: Tensor) -> float:
+    """Weighted size of the change that the held-out windows ask for."""
+    held = _num_held_out(student)
+    change = wanted[-held:].float() - student[-held:].float()
+    return float((change.square().sum(-1) * _weights(student[-held:])).sum())
+
+
 def _num_held_out(stream: Tensor) -> int:
     return max(1, len(stream) // HELD_OUT)
-
-
-def _reader(source: Source, name: str) -> Callable[[], Tensor]:
-    return lambda: source.read(name)

@@ -60,10 +60,8 @@ def search(
     elif budget.remove_attention is None and budget.max_kl is None:
         raise UserError("say how far to go: --remove-attention N, --max-kl X, or --plan 'A0F0 ...'")
     tokenizer = load_tokenizer(parent, machine.trust_remote_code)
-    measure, fit = (
-        read_windows(text, tokenizer, windows, "measure"),
-        read_windows(text, tokenizer, fit_windows, "fit"),
-    )
+    measure = read_windows(text, tokenizer, windows, "measure")
+    fit = read_windows(text, tokenizer, fit_windows, "fit")
     dtype = pick_dtype(machine, parent.checkpoint)
     inputs = {
         "model": parent.fingerprint,
@@ -94,9 +92,8 @@ def search(
         write_atomically(folder.path / PLAN_FILE, found.to_json())
         predicted = _predicted(parent.plan, found, analysed)
         calibrated = fusion.calibrate != "none"
-        return SearchResult(str(found), predicted, unfused, kl, calibrated, measure.sample, steps), where(
-            machine, dtype
-        )
+        result = SearchResult(str(found), predicted, unfused, kl, calibrated, measure.sample, steps)
+        return result, where(machine, dtype)
 
     return run_stage("search", out, inputs, SearchResult, work)
 

@@ -1,9 +1,9 @@
 """Results of the stages, as they are written to `record.json` and returned by the Python API."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ffn_fusion.core.plan import Plan, contiguous
-from ffn_fusion.core.stats import Estimate
+from ffn_fusion.core.stats import Estimate, Paired
 
 
 @dataclass(frozen=True)
@@ -162,11 +162,67 @@ class ModelScore:
 
 
 @dataclass(frozen=True)
+class TaskScore:
+    """One metric of one model on a task's items; the last two compare it with the parent, item by item."""
+
+    model: str
+    value: Estimate
+    difference: Paired | None
+    """Student minus parent (None for the parent itself)."""
+    share_of_parent: float | None
+
+
+@dataclass(frozen=True)
+class TaskMetric:
+    """A metric of a task, all models on the same items, the parent first."""
+
+    name: str
+    higher_is_better: bool
+    scores: list[TaskScore]
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """A task as it was run. `metrics` has the customary one first.
+
+    `overlap` counts the items that share 13 words in a row with a text that a student was fitted to; None if there
+    was no such text or none could be read.
+    """
+
+    task: str
+    version: str
+    data: str
+    """Where the items came from."""
+    num_items: int
+    total_items: int
+    num_fewshot: int
+    chat_template: bool
+    metrics: list[TaskMetric]
+    overlap: int | None = None
+    note: str = ""
+
+    @property
+    def limited(self) -> str:
+        """The warning that stands wherever a score of a part of the items does."""
+        return f"limited, n = {self.num_items:,}" if self.num_items < self.total_items else ""
+
+
+@dataclass(frozen=True)
+class Unscored:
+    """A task that could not be scored, and why."""
+
+    task: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class EvalResult:
-    """Held-out scores of a parent and its students."""
+    """Held-out scores of a parent and its students, and the tasks they were given."""
 
     sample: Sample
     scores: list[ModelScore]
+    tasks: list[TaskResult] = field(default_factory=list)
+    unscored: list[Unscored] = field(default_factory=list)
 
     def summary(self) -> str:
         lines = [f"{'model':36} {'ppl':>9} {'bits/byte':>9} {'KL to parent':>18} {'top-1':>7} {'nll - parent':>18}"]
@@ -176,7 +232,24 @@ class EvalResult:
             lines.append(
                 f"{s.model[-36:]:36} {s.perplexity:9.2f} {s.bits_per_byte:9.4f} {kl:>18} {top:>7} {difference:>18}"
             )
-        return "\n".join([*lines, f"{self.sample.num_tokens:,} tokens of {', '.join(self.sample.sources)}"])
+        lines.append(f"{self.sample.num_tokens:,} tokens of {', '.join(self.sample.sources)}")
+        for task in self.tasks:
+            lines += ["", *_task_lines(task)]
+        lines += [f"\n{u.task} was not scored: {u.reason}" for u in self.unscored]
+        return "\n".join(lines)
+
+
+def _task_lines(task: TaskResult) -> list[str]:
+    about = [task.limited or f"n = {task.num_items:,}", f"{task.num_fewshot}-shot"]
+    about += ["chat template"] if task.chat_template else []
+    about += [f"{task.overlap:,} items overlap with the calibration text"] if task.overlap else []
+    lines = [f"{task.task} ({', '.join(about)})" + (f"; {task.note}" if task.note else "")]
+    for metric in task.metrics:
+        for score in metric.scores:
+            against = f"  {score.difference}" if score.difference else ""
+            share = f"  {score.share_of_parent:.1%} of parent" if score.share_of_parent is not None else ""
+            lines.append(f"  {metric.name:22} {score.model[-30:]:30} {score.value!s:>18}{against}{share}")
+    return lines
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Generic, TypeVar
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -19,7 +20,9 @@ from ffn_fusion.core.records import (
     ModelScore,
     Sample,
     SearchResult,
+    TaskResult,
 )
+from ffn_fusion.core.scale import panels, scale
 from ffn_fusion.core.stats import Estimate
 from ffn_fusion.errors import UserError
 from ffn_fusion.folder import RECORD, Record, read_record, write_atomically
@@ -190,7 +193,11 @@ def render(records: Records) -> str:
         identity=Plan.identity,
         figures=figures,
         bars=step_bars(records),
-        headlines=[*_quality(records), *_speed(records), *_size(records)],
+        headlines=_headlines(records),
+        told=[entry for entry in records.eval if entry.result.tasks or entry.result.unscored],
+        panels=panels,
+        scale=scale,
+        models=_models,
         removed=_removed(records),
         dash=NO_VALUE,
         columns=_columns(records),
@@ -219,6 +226,30 @@ def step_bars(records: Records) -> list[Bar]:
         source = "held-out text" if len(records.eval) == 1 else f"held-out text, {entry.folder}"
         bars += [Bar(score.model, source, score.kl) for score in entry.result.scores if score.kl]
     return [Bar("parent", "", None), *bars] if bars else []
+
+
+def _models(tasks: Sequence[TaskResult]) -> list[str]:
+    """Every model that was given a task, the parent first."""
+    return list(dict.fromkeys(s.model for task in tasks for metric in task.metrics for s in metric.scores))
+
+
+def _headlines(records: Records) -> list[Headline]:
+    """At most six: tasks take the place of perplexity, which stands in a table right below."""
+    quality, tasks = list(_quality(records)), list(_tasks(records))
+    kept = [line for line in quality if not tasks or line.name != "Perplexity"]
+    return [*kept, *tasks, *_speed(records), *_size(records)]
+
+
+def _tasks(records: Records) -> Iterator[Headline]:
+    """The last student's mean share, over first metrics that are shares of 1 of which more is better."""
+    for tasks in [entry.result.tasks for entry in records.eval if entry.result.tasks][-1:]:
+        student = _models(tasks)[-1]
+        scored = [(task, s) for task in tasks if scale(task.metrics[0]).percent for s in task.metrics[0].scores]
+        shares = [(t, s.share_of_parent) for t, s in scored if s.model == student and s.share_of_parent is not None]
+        if shares:
+            limited = "limited, " if any(task.limited for task, _ in shares) else ""
+            note = f"{limited}{len(shares)} {'task' if len(shares) == 1 else 'tasks'}; {student}"
+            yield Headline("Tasks: mean share of parent", f"{fmean(share for _, share in shares):.1%}", note)
 
 
 def _student(records: Records) -> tuple[Entry[EvalResult], ModelScore] | None:

@@ -99,14 +99,20 @@ def run_stage(
     inputs: dict[str, Any],
     result_type: type[T],
     work: Callable[[StageFolder], tuple[T, Environment]],
+    whole: Callable[[T], bool] = lambda _: True,
 ) -> Record[T]:
     """Do a stage's work in `out`, or return its record if the same work is already there.
 
-    `inputs` is all that the result depends on, as JSON. Raises `UserError` if `out` holds something else.
+    `inputs` is all that the result depends on, as JSON. A result that is not `whole` is worked on again. Raises
+    `UserError` if `out` holds something else.
     """
     inputs = json.loads(json.dumps(inputs, default=str))
     if out.exists():
-        return _finished(stage, out, inputs, result_type)
+        record = _finished(stage, out, inputs, result_type)
+        if whole(record.result):
+            print(f"{stage}: {out} is up to date", file=sys.stderr)
+            return record
+        out.rename(_partial_path(out))
     with _partial(out, {"stage": stage, "inputs": inputs}) as folder:
         start = time.monotonic()
         result, where = work(folder)
@@ -139,13 +145,16 @@ def _finished(stage: str, out: Path, inputs: dict[str, Any], result_type: type[T
         raise UserError(
             f"{out} holds a result made with other {', '.join(changed)}; choose another --out or delete the folder"
         )
-    print(f"{stage}: {out} is up to date", file=sys.stderr)
     return record
+
+
+def _partial_path(out: Path) -> Path:
+    return out.parent / f".{out.name}.partial"
 
 
 @contextmanager
 def _partial(out: Path, identity: dict[str, Any]) -> Iterator[StageFolder]:
-    path = out.parent / f".{out.name}.partial"
+    path = _partial_path(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         (path / STATE).mkdir(parents=True, exist_ok=True)

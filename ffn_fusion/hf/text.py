@@ -38,7 +38,7 @@ def read_windows(text: Text, tokenizer: PreTrainedTokenizerBase, count: int, par
     Documents are cut into pieces, shuffled by `text.seed` and tokenised until there are enough. `part` divides the
     pieces in two: "measure" (one in eight) for scores, "fit" for calibration, so that the two never share text.
     """
-    pieces = [piece for spec in text.text for document in _documents(spec, text.column) for piece in _pieces(document)]
+    pieces = [piece for spec in text.text for document in documents(spec, text.column) for piece in _pieces(document)]
     if part != "all":
         pieces = [p for i, p in enumerate(pieces) if (i % MEASURE_SHARE == 0) == (part == "measure")]
     random.Random(text.seed).shuffle(pieces)
@@ -72,7 +72,8 @@ def _pieces(document: str) -> Iterator[str]:
         start = end
 
 
-def _documents(spec: str, column: str) -> list[str]:
+def documents(spec: str, column: str) -> list[str]:
+    """The documents behind one of `Text`'s names; `UserError` if they cannot be had."""
     if spec.startswith(PREFIX):
         return builtin_text(spec.removeprefix(PREFIX))
     path = Path(spec).expanduser()

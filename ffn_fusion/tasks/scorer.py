@@ -1,0 +1,122 @@
+"""Our loaded model as the harness' own `hf` model, with batches by length and tokens shared between models."""
+
+import logging
+import sys
+from array import array
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# It warns that a loaded model is not a name, and more that a user cannot act on.
+logging.getLogger("lm_eval").setLevel(logging.ERROR)
+
+Tokens = dict[str, "array[int]"]
+Conversation = list[dict[str, str]]
+
+LOGIT_BYTES = 12
+"""A token of a batch takes this many bytes for each entry of the vocabulary: logits, and log-softmax with a copy."""
+CPU_TOKENS = 1024
+"""Larger batches gain nothing on a CPU (docs/notebook.md)."""
+MAX_TOKENS = 32_768
+GENERATION_ROOM = 1024
+"""Tokens that an answer is given room for when prompts are put together."""
+
+
+class Scorer(HFLM):  # type: ignore[misc]
+    """`model` for the harness. `tokens` keeps encoded strings, so that models with one tokenizer encode them once.
+
+    Log-probabilities are computed in float32: in bfloat16, sums over an answer would tie far too often.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: Tokens) -> None:
+        super().__init__(model, backend="causal", tokenizer=tokenizer, batch_size="auto", softmax_dtype=torch.float32)
+        self._tokens = tokens
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **kwargs: Any
+    ) -> list[int]:
+        if add_special_tokens is not None or left_truncate_len or kwargs:
+            encoded: list[int] = super().tok_encode(string, add_special_tokens, left_truncate_len, **kwargs)
+            return encoded
+        if string not in self._tokens:
+            self._tokens[string] = array("i", super().tok_encode(string))
+        return self._tokens[string].tolist()
+
+    def _batch_scheduler(self, pos: int, n_reordered_requests: Sequence[Any]) -> int:
+        """Requests in the batch that starts at or before `pos`: as many as the token budget holds, longest first."""
+        _, context, continuation = n_reordered_requests[pos]
+        length: int = min(len(context) + len(continuation), self.max_length)
+        return max(1, self._budget() // length)
+
+    def _prompts_at_once(self, requests: list[Instance]) -> int:
+        """As many prompts as a third of the free memory holds the caches of."""
+        if self.device.type != "cuda":
+            return 8
+        config = self.model.config
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        length = max(len(self.tok_encode(request.args[0])) for request in requests) + GENERATION_ROOM
+        cache: int = 4 * config.num_hidden_layers * heads * head_dim * length
+        return max(1, min(256, torch.cuda.mem_get_info(self.device)[0] // 3 // cache))
+
+    def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **options: Any) -> torch.Tensor:
+        """A prompt is done at its own stop string; the harness' criterion waits for all to reach the same one."""
+        if stop:
+            options |= {"stop_strings": stop, "tokenizer": self.tokenizer}
+        tokens: torch.Tensor = super()._model_generate(context=context, max_length=max_length, stop=[], **options)
+        return tokens
+
+    def _budget(self) -> int:
+        if self.device.type != "cuda":
+            return CPU_TOKENS
+        free = torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device)
+        vocabulary: int = self.model.config.vocab_size
+        return min(MAX_TOKENS, free // 4 // (LOGIT_BYTES * vocabulary))
+
+    def answer(self, kind: str, requests: list[Instance]) -> list[Any]:
+        """Answers to requests of one of the harness' kinds, with its progress bar where there is a terminal."""
+        self.batch_size_per_gpu = self._prompts_at_once(requests) if kind == "generate_until" else "auto"
+        answers: list[Any] = getattr(self, kind)(requests, disable_tqdm=not sys.stderr.isatty())
+        return answers
+
+    def generate(self, prompts: Sequence[str], max_tokens: int, stop: Sequence[str] = ()) -> list[str]:
+        """Greedy answers to prompts, which already hold the chat template if one is wanted."""
+        options = {"until": list(stop), "do_sample": False, "temperature": 0.0, "max_gen_toks": max_tokens}
+        requests = [
+            Instance(request_type="generate_until", doc={}, arguments=(prompt, options), idx=i)
+            for i, prompt in enumerate(prompts)
+        ]
+        return self.answer("generate_until", requests)
+
+    def log_probability(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
+        """Sum of log-probabilities of each answer's tokens after its prompt, in nats."""
+        pairs = zip(prompts, answers, strict=True)
+        requests = [
+            Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=i) for i, pair in enumerate(pairs)
+        ]
+        return [value for value, _ in self.answer("loglikelihood", requests)]
+
+
+def chat_prompt(tokenizer: PreTrainedTokenizerBase) -> Callable[..., str]:
+    """A conversation as a prompt, by the tokenizer's chat template."""
+
+    def render(conversation: Conversation, add_generation_prompt: bool = True) -> str:
+        return str(
+            tokenizer.apply_chat_template(
+                conversation,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
+        )
+
+    return render
+
+
+def plain_prompt(conversation: Conversation) -> str:
+    """A conversation as a prompt for a model without a chat template."""
+    return "\n\n".join(turn["content"] for turn in conversation) + "\n\n"

@@ -31,7 +31,11 @@ TASK_SETS = {
 QUICK_LIMIT = 200
 SHOTS = {"cais/mmlu": 5}
 """Examples shown where the harness leaves the number open and the field has settled on one."""
-ADAPTED = {"humaneval": humaneval.CONFIG, "ifeval": ifeval.CONFIG}
+ADAPTED = {
+    "humaneval": humaneval.CONFIG,
+    "humaneval_instruct": humaneval.CHAT_CONFIG,
+    "ifeval": ifeval.CONFIG,
+}
 """Tasks whose harness files would reach for the network or run generated code unfenced."""
 FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow"}
 SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")

@@ -18,7 +18,7 @@ from ffn_fusion.tasks.scorer import Scorer, chat_prompt
 
 SEED = 1234
 """The harness' own seed for drawing examples."""
-CHAT = ("ifeval",)
+CHAT = ("ifeval", "humaneval_instruct")
 """Tasks that are put to a chat model as a chat unless told otherwise."""
 FIRST = ("acc_norm", "acc", "exact_match, flexible-extract", "exact_match", "pass@1", "prompt_level_strict_acc")
 """Metrics by which a task is customarily known, in order of preference."""

@@ -18,9 +18,15 @@ def score(document: dict[str, Any], answers: list[str]) -> dict[str, float]:
     return {"pass@1": float(run_program(program, SECONDS).passed)}
 
 
+def score_chat(document: dict[str, Any], answers: list[str]) -> dict[str, float]:
+    """The same for an answer that goes on in a code block of a chat."""
+    return score(document, [answers[0].partition("```")[0]])
+
+
 CONFIG: dict[str, Any] = {
     "process_results": score,
     "metric_list": [{"metric": "pass@1", "aggregation": "mean", "higher_is_better": True}],
     "filter_list": None,
     "unsafe_code": False,
 }
+CHAT_CONFIG = CONFIG | {"process_results": score_chat}

@@ -1,15 +1,18 @@
-"""Our loaded model as the harness' own `hf` model, with batches by length and tokens shared between models."""
+"""Our loaded model as the harness' own `hf` model, quicker: contexts and tokens shared, answers stopped one by one."""
 
 import logging
 import sys
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ffn_fusion.tasks.continuations import Answer, score_continuations
 
 # It warns that a loaded model is not a name, and more that a user cannot act on.
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -18,7 +21,7 @@ Tokens = dict[str, "array[int]"]
 Conversation = list[dict[str, str]]
 
 LOGIT_BYTES = 12
-"""A token of a batch takes this many bytes for each entry of the vocabulary: logits, and log-softmax with a copy."""
+"""A token whose logits are read takes this many bytes for each entry of the vocabulary: logits, float32, a copy."""
 CPU_TOKENS = 1024
 """Larger batches gain nothing on a CPU (docs/notebook.md)."""
 MAX_TOKENS = 32_768
@@ -27,13 +30,10 @@ GENERATION_ROOM = 1024
 
 
 class Scorer(HFLM):  # type: ignore[misc]
-    """`model` for the harness. `tokens` keeps encoded strings, so that models with one tokenizer encode them once.
-
-    Log-probabilities are computed in float32: in bfloat16, sums over an answer would tie far too often.
-    """
+    """`model` for the harness. `tokens` keeps encoded strings, so that models with one tokenizer encode them once."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: Tokens) -> None:
-        super().__init__(model, backend="causal", tokenizer=tokenizer, batch_size="auto", softmax_dtype=torch.float32)
+        super().__init__(model, backend="causal", tokenizer=tokenizer, batch_size=8)
         self._tokens = tokens
 
     def tok_encode(
@@ -46,11 +46,22 @@ class Scorer(HFLM):  # type: ignore[misc]
             self._tokens[string] = array("i", super().tok_encode(string))
         return self._tokens[string].tolist()
 
-    def _batch_scheduler(self, pos: int, n_reordered_requests: Sequence[Any]) -> int:
-        """Requests in the batch that starts at or before `pos`: as many as the token budget holds, longest first."""
-        _, context, continuation = n_reordered_requests[pos]
-        length: int = min(len(context) + len(continuation), self.max_length)
-        return max(1, self._budget() // length)
+    def _encode_all(self, texts: Iterable[str]) -> None:
+        """Encode many strings at once, which uses every core."""
+        begin = self.tokenizer.decode(self.prefix_token_id)
+        # Of these the harness keeps the tokenizer from putting another one in front.
+        new = [text for text in dict.fromkeys(texts) if text not in self._tokens and not text.startswith(begin)]
+        for ids, text in zip(self.tokenizer(new, verbose=False)["input_ids"] if new else [], new, strict=True):
+            self._tokens[text] = array("i", ids)
+
+    @torch.no_grad()
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Any], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[Answer]:
+        pairs = [(context, continuation) for _, context, continuation in requests]
+        answers = score_continuations(self.model, pairs, self.max_length, self._budget())
+        found = dict(tqdm(answers, total=len(pairs), disable=disable_tqdm, desc="scoring"))
+        return [found[i] for i in range(len(pairs))]
 
     def _prompts_at_once(self, requests: list[Instance]) -> int:
         """As many prompts as a third of the free memory holds the caches of."""
@@ -79,7 +90,10 @@ class Scorer(HFLM):  # type: ignore[misc]
 
     def answer(self, kind: str, requests: list[Instance]) -> list[Any]:
         """Answers to requests of one of the harness' kinds, with its progress bar where there is a terminal."""
-        self.batch_size_per_gpu = self._prompts_at_once(requests) if kind == "generate_until" else "auto"
+        if kind == "generate_until":
+            self.batch_size_per_gpu = self._prompts_at_once(requests)
+        else:
+            self._encode_all(text for request in requests for text in _as_encoded(*request.args))
         answers: list[Any] = getattr(self, kind)(requests, disable_tqdm=not sys.stderr.isatty())
         return answers
 
@@ -99,6 +113,11 @@ class Scorer(HFLM):  # type: ignore[misc]
             Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=i) for i, pair in enumerate(pairs)
         ]
         return [value for value, _ in self.answer("loglikelihood", requests)]
+
+
+def _as_encoded(context: str, continuation: str = "") -> tuple[str, str]:
+    """The strings that the harness encodes for a request: spaces at a context's end go over to the continuation."""
+    return context.rstrip(), context + continuation
 
 
 def chat_prompt(tokenizer: PreTrainedTokenizerBase) -> Callable[..., str]:

@@ -12,6 +12,11 @@ run eval --fetch-data
 run fuse "$model" --plan "$(plan "$eight" unfused)" --calibrate none --out "$out/students/8-removed"
 run fuse "$model" --plan "$(plan "$eight")" --fit-windows 256 --out "$out/students/8-fused"
 run fuse "$model" --plan "$(plan "$twelve")" --fit-windows 256 --out "$out/students/12-fused"
-run eval "$model" "$out/students/8-removed" "$out/students/8-fused" "$out/students/12-fused" --windows 64 \
-    --tasks commonsense,mmlu,humaneval,humaneval_instruct,gsm8k_cot,ifeval,agreement \
-    --tasks niah_single@512,niah_single@2048,niah_multikey@512,vt@512 --out "$out/eval"
+# Side by side: small models leave most of a GPU idle.
+score() { run eval "$model" "$out"/students/{8-removed,8-fused,12-fused} --out "$out/$1" --tasks "$2" "${@:3}"; }
+score commonsense commonsense --windows 64 &
+score mmlu mmlu &
+score code humaneval,humaneval_instruct &
+score generation agreement,niah_single@512,niah_single@2048,niah_multikey@512,vt@512 &
+score ifeval ifeval &
+wait

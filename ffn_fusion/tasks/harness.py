@@ -4,6 +4,7 @@ The loop over them is ours, so that requests are built once for all models and v
 """
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -11,10 +12,15 @@ from collections import defaultdict
 from importlib.metadata import version
 from typing import Any
 
+import lm_eval.utils
+
 from ffn_fusion.errors import UserError
 from ffn_fusion.tasks.benchmark import About, Items, Setting
 from ffn_fusion.tasks.catalog import Catalog, Leaf
 from ffn_fusion.tasks.scorer import Scorer, chat_prompt
+
+# The harness compiles its templates anew for every document: nine tenths of the time that building requests takes.
+lm_eval.utils.env.from_string = functools.cache(lm_eval.utils.env.from_string)
 
 SEED = 1234
 """The harness' own seed for drawing examples."""

@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "progress": set(),
     "errors": set(),
 }
-PAGE = {"stages.report": {"stages.figures"}}
+PAGE = {"stages.report": {"stages.figures", "stages.gather"}}
 MAX_LINES = 330
 
 

@@ -1,109 +1,25 @@
 """`report`: the records of the other stages as one self-contained HTML page."""
 
-import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Generic, TypeVar
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ffn_fusion.core.plan import Plan, contiguous
-from ffn_fusion.core.records import (
-    AnalyzeResult,
-    BenchResult,
-    BenchRow,
-    EvalResult,
-    FuseResult,
-    ModelScore,
-    Sample,
-    SearchResult,
-    TaskResult,
-)
+from ffn_fusion.core.records import EvalResult, ModelScore, TaskResult
 from ffn_fusion.core.scale import panels, scale
 from ffn_fusion.core.stats import Estimate
 from ffn_fusion.errors import UserError
-from ffn_fusion.folder import RECORD, Record, read_record, write_atomically
+from ffn_fusion.folder import write_atomically
 from ffn_fusion.stages import figures
 from ffn_fusion.stages.figures import Bar
+from ffn_fusion.stages.gather import Entry, Records, read_all
 
-T = TypeVar("T")
-TYPES: dict[str, type[Any]] = {
-    "analyze": AnalyzeResult,
-    "search": SearchResult,
-    "fuse": FuseResult,
-    "eval": EvalResult,
-    "bench": BenchResult,
-}
 NO_VALUE = "–"
-
-
-@dataclass(frozen=True)
-class Entry(Generic[T]):
-    """A record and the folder that held it."""
-
-    folder: str
-    record: Record[T]
-
-    @property
-    def result(self) -> T:
-        return self.record.result
-
-    def made(self, sample: Sample | None = None) -> str:
-        """Where a figure comes from: n, seed, dtype, device and date."""
-        seed = sample.seed if sample else self.record.inputs.get("seed")
-        text = ""
-        if sample:
-            windows = f"n = {sample.num_windows} windows of {sample.length:,} tokens"
-            text = f"{windows} ({', '.join(sample.sources)}, {sample.part}), "
-        where = self.record.environment
-        return f"{text}seed {'none' if seed is None else seed}, {where.dtype}, {where.device}, {where.date[:10]}"
-
-
-@dataclass(frozen=True)
-class Records:
-    """Everything there is to show, each list in the order in which it was made."""
-
-    analyze: list[Entry[AnalyzeResult]]
-    search: list[Entry[SearchResult]]
-    fuse: list[Entry[FuseResult]]
-    eval: list[Entry[EvalResult]]
-    bench: list[Entry[BenchResult]]
-
-    @property
-    def entries(self) -> list[Entry[Any]]:
-        return [entry for field in fields(self) for entry in getattr(self, field.name)]
-
-    @property
-    def planned(self) -> list[Entry[SearchResult] | Entry[FuseResult]]:
-        """Records that hold a plan, the same plan once."""
-        held: list[Entry[SearchResult] | Entry[FuseResult]] = [*self.search, *self.fuse]
-        return list({entry.result.plan: entry for entry in reversed(held)}.values())[::-1]
-
-    @property
-    def plan(self) -> Plan | None:
-        """The plan of the student shown: the last one fused, else the last one found."""
-        last = (self.fuse or self.search)[-1:]
-        return Plan.parse(last[0].result.plan) if last else None
-
-    @property
-    def num_layers(self) -> int:
-        """Layers of the parent; without an analysis, the most that any record speaks of."""
-        if self.analyze:
-            return self.analyze[-1].result.num_layers
-        named = [layer for e in self.planned for b in Plan.parse(e.result.plan).blocks for layer in b.layers]
-        benched = [model.num_blocks for entry in self.bench for model in entry.result.models]
-        return max([layer + 1 for layer in named] + benched, default=0)
-
-    @property
-    def parent(self) -> str:
-        """The name of the parent as the earliest stage gave it."""
-        names = [e.result.model for e in self.analyze] + [e.result.parent for e in self.fuse]
-        names += [s.model for e in self.eval for s in e.result.scores if s.kl is None]
-        names += [m.model for e in self.bench for m in e.result.models]
-        return names[0] if names else ""
 
 
 @dataclass(frozen=True)
@@ -139,39 +55,6 @@ def report(*folders: Path, out: Path) -> Path:
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}") from None
     return out
-
-
-def read_all(folders: Sequence[Path]) -> Records:
-    """The records in these folders and in their direct subfolders; `UserError` if there is none to show."""
-    found: dict[str, list[Entry[Any]]] = {stage: [] for stage in TYPES}
-    for folder in _stage_folders(folders):
-        stage = _stage(folder / RECORD)
-        if stage in TYPES:
-            found[stage].append(Entry(folder.resolve().name, read_record(folder, TYPES[stage])))
-    if not any(found.values()):
-        looked = ", ".join(map(str, folders)) or "no folder"
-        raise UserError(f"no {RECORD} of {', '.join(TYPES)} found in {looked}; name the folders of finished stages")
-    return Records(**{stage: sorted(held, key=lambda e: e.record.environment.date) for stage, held in found.items()})
-
-
-def _stage_folders(folders: Sequence[Path]) -> Iterator[Path]:
-    seen = set()
-    for top in folders:
-        if not top.is_dir():
-            raise UserError(f"{top} is no folder; name the folders of finished stages")
-        for folder in [top, *sorted(top.iterdir())]:
-            # A stage at work has a hidden folder: it is not finished.
-            hidden = folder is not top and folder.name.startswith(".")
-            if not hidden and (folder / RECORD).is_file() and folder.resolve() not in seen:
-                seen.add(folder.resolve())
-                yield folder
-
-
-def _stage(path: Path) -> str:
-    try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["stage"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no record of a stage: {error!r}; run that stage again") from error
 
 
 def render(records: Records) -> str:
@@ -211,8 +94,8 @@ def significant(value: float) -> str:
 
 def interval(estimate: Estimate) -> str:
     """The 95% interval; one window has none."""
-    ends = f"{significant(estimate.low)} to {significant(estimate.high)}"
-    return ends if math.isfinite(estimate.stderr) else NO_VALUE
+    finite = math.isfinite(estimate.stderr)
+    return f"{significant(estimate.low)} to {significant(estimate.high)}" if finite else NO_VALUE
 
 
 def step_bars(records: Records) -> list[Bar]:
@@ -222,8 +105,8 @@ def step_bars(records: Records) -> list[Bar]:
         result = search.result
         last = "fused and calibrated" if result.calibrated else "fused"
         bars += [Bar("attention removed", "search text", result.unfused_kl), Bar(last, "search text", result.kl)]
-    for entry in records.eval:
-        source = "held-out text" if len(records.eval) == 1 else f"held-out text, {entry.folder}"
+    for entry in records.text_evals:
+        source = "held-out text" if len(records.text_evals) == 1 else f"held-out text, {entry.folder}"
         bars += [Bar(score.model, source, score.kl) for score in entry.result.scores if score.kl]
     return [Bar("parent", "", None), *bars] if bars else []
 
@@ -242,14 +125,14 @@ def _headlines(records: Records) -> list[Headline]:
 
 def _tasks(records: Records) -> Iterator[Headline]:
     """The last student's mean share, over first metrics that are shares of 1 of which more is better."""
-    for tasks in [entry.result.tasks for entry in records.eval if entry.result.tasks][-1:]:
-        student = _models(tasks)[-1]
-        scored = [(task, s) for task in tasks if scale(task.metrics[0]).percent for s in task.metrics[0].scores]
-        shares = [(t, s.share_of_parent) for t, s in scored if s.model == student and s.share_of_parent is not None]
-        if shares:
-            limited = "limited, " if any(task.limited for task, _ in shares) else ""
-            note = f"{limited}{len(shares)} {'task' if len(shares) == 1 else 'tasks'}; {student}"
-            yield Headline("Tasks: mean share of parent", f"{fmean(share for _, share in shares):.1%}", note)
+    tasks = [task for entry in records.eval for task in entry.result.tasks]
+    student = _models(tasks)[-1] if tasks else ""
+    scored = [(task, s) for task in tasks if scale(task.metrics[0]).percent for s in task.metrics[0].scores]
+    shares = [(t, s.share_of_parent) for t, s in scored if s.model == student and s.share_of_parent is not None]
+    if shares:
+        note = f"{len(shares)} {'task' if len(shares) == 1 else 'tasks'}; {student}"
+        note = f"limited, {note}" if any(task.limited for task, _ in shares) else note
+        yield Headline("Tasks: mean share of parent", f"{fmean(share for _, share in shares):.1%}", note)
 
 
 def _student(records: Records) -> tuple[Entry[EvalResult], ModelScore] | None:
@@ -281,14 +164,11 @@ def _speed(records: Records) -> Iterator[Headline]:
     rows = [row for entry in records.bench for row in entry.result.rows]
     student = _student(records)
     own = [row for row in rows if student and row.model == student[1].model]
-    row: BenchRow | None = min(own or [row for row in rows if row.model == rows[-1].model], key=_batch, default=None)
+    shown = own or [row for row in rows if row.model == rows[-1].model]
+    row = min(shown, key=attrgetter("batch_size"), default=None)
     if row:
         name = f"Decode speed-up, batch {row.batch_size}"
         yield Headline(name, f"{row.decode_speedup:.2f}×", f"{row.decode_ms.median:.2f} ms a token; {row.model}")
-
-
-def _batch(row: BenchRow) -> int:
-    return row.batch_size
 
 
 def _size(records: Records) -> Iterator[Headline]:

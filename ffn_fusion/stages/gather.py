@@ -1,0 +1,126 @@
+"""Records of finished stages, gathered for the page."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from ffn_fusion.core.plan import Plan
+from ffn_fusion.core.records import AnalyzeResult, BenchResult, EvalResult, FuseResult, Sample, SearchResult
+from ffn_fusion.errors import UserError
+from ffn_fusion.folder import RECORD, Record, read_record
+
+T = TypeVar("T")
+TYPES: dict[str, type[Any]] = {
+    "analyze": AnalyzeResult,
+    "search": SearchResult,
+    "fuse": FuseResult,
+    "eval": EvalResult,
+    "bench": BenchResult,
+}
+
+
+@dataclass(frozen=True)
+class Entry(Generic[T]):
+    """A record and the folder that held it."""
+
+    folder: str
+    record: Record[T]
+
+    @property
+    def result(self) -> T:
+        return self.record.result
+
+    def made(self, sample: Sample | None = None) -> str:
+        """Where a figure comes from: n, seed, dtype, device and date."""
+        seed = sample.seed if sample else self.record.inputs.get("seed")
+        text = ""
+        if sample:
+            windows = f"n = {sample.num_windows} windows of {sample.length:,} tokens"
+            text = f"{windows} ({', '.join(sample.sources)}, {sample.part}), "
+        where = self.record.environment
+        return f"{text}seed {'none' if seed is None else seed}, {where.dtype}, {where.device}, {where.date[:10]}"
+
+
+@dataclass(frozen=True)
+class Records:
+    """Everything there is to show, each list in the order in which it was made."""
+
+    analyze: list[Entry[AnalyzeResult]]
+    search: list[Entry[SearchResult]]
+    fuse: list[Entry[FuseResult]]
+    eval: list[Entry[EvalResult]]
+    bench: list[Entry[BenchResult]]
+
+    @property
+    def entries(self) -> list[Entry[Any]]:
+        return [entry for field in fields(self) for entry in getattr(self, field.name)]
+
+    @property
+    def text_evals(self) -> list[Entry[EvalResult]]:
+        """Evaluations on text, those of the same models on the same text once."""
+        keys = {(e.result.sample.digest, *(s.model for s in e.result.scores)): e for e in self.eval}
+        return list(keys.values())
+
+    @property
+    def planned(self) -> list[Entry[SearchResult] | Entry[FuseResult]]:
+        """Records that hold a plan, the same plan once."""
+        held: list[Entry[SearchResult] | Entry[FuseResult]] = [*self.search, *self.fuse]
+        return list({entry.result.plan: entry for entry in reversed(held)}.values())[::-1]
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan of the student shown: the last one fused, else the last one found."""
+        last = (self.fuse or self.search)[-1:]
+        return Plan.parse(last[0].result.plan) if last else None
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the parent; without an analysis, the most that any record speaks of."""
+        if self.analyze:
+            return self.analyze[-1].result.num_layers
+        named = [layer for e in self.planned for b in Plan.parse(e.result.plan).blocks for layer in b.layers]
+        benched = [model.num_blocks for entry in self.bench for model in entry.result.models]
+        return max([layer + 1 for layer in named] + benched, default=0)
+
+    @property
+    def parent(self) -> str:
+        """The name of the parent as the earliest stage gave it."""
+        names = [e.result.model for e in self.analyze] + [e.result.parent for e in self.fuse]
+        names += [s.model for e in self.eval for s in e.result.scores if s.kl is None]
+        names += [m.model for e in self.bench for m in e.result.models]
+        return names[0] if names else ""
+
+
+def read_all(folders: Sequence[Path]) -> Records:
+    """The records in these folders and in their direct subfolders; `UserError` if there is none to show."""
+    found: dict[str, list[Entry[Any]]] = {stage: [] for stage in TYPES}
+    for folder in _stage_folders(folders):
+        stage = _stage(folder / RECORD)
+        if stage in TYPES:
+            found[stage].append(Entry(folder.resolve().name, read_record(folder, TYPES[stage])))
+    if not any(found.values()):
+        looked = ", ".join(map(str, folders)) or "no folder"
+        raise UserError(f"no {RECORD} of {', '.join(TYPES)} found in {looked}; name the folders of finished stages")
+    return Records(**{stage: sorted(held, key=lambda e: e.record.environment.date) for stage, held in found.items()})
+
+
+def _stage_folders(folders: Sequence[Path]) -> Iterator[Path]:
+    seen = set()
+    for top in folders:
+        if not top.is_dir():
+            raise UserError(f"{top} is no folder; name the folders of finished stages")
+        for folder in [top, *sorted(top.iterdir())]:
+            # A stage at work has a hidden folder: it is not finished.
+            hidden = folder is not top and folder.name.startswith(".")
+            if not hidden and (folder / RECORD).is_file() and folder.resolve() not in seen:
+                seen.add(folder.resolve())
+                yield folder
+
+
+def _stage(path: Path) -> str:
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["stage"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no record of a stage: {error!r}; run that stage again") from error

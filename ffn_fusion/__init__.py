@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ffn_fusion.core.plan import Attention, Block, Ffn, Plan
     from ffn_fusion.errors import UserError
-    from ffn_fusion.settings import Budget, Fusion, Machine, Text
+    from ffn_fusion.settings import Budget, Fusion, Judging, Machine, Tasks, Text
     from ffn_fusion.stages.analyze import analyze
     from ffn_fusion.stages.bench import bench
     from ffn_fusion.stages.evaluate import evaluate
@@ -26,8 +26,10 @@ __all__ = [
     "Budget",
     "Ffn",
     "Fusion",
+    "Judging",
     "Machine",
     "Plan",
+    "Tasks",
     "Text",
     "UserError",
     "analyze",
@@ -41,7 +43,7 @@ __all__ = [
 _MODULES = {
     "core.plan": ("Attention", "Block", "Ffn", "Plan"),
     "errors": ("UserError",),
-    "settings": ("Budget", "Fusion", "Machine", "Text"),
+    "settings": ("Budget", "Fusion", "Judging", "Machine", "Tasks", "Text"),
 }
 
 

@@ -13,7 +13,7 @@ VERBS = {
     "analyze": ("analyze", "Score every sublayer and measure the pairwise dependency of blocks."),
     "search": ("search", "Find a plan: which attentions to remove and which FFNs to fuse."),
     "fuse": ("fuse", "Build the student of a plan."),
-    "eval": ("evaluate", "Compare students with their parent on held-out text."),
+    "eval": ("evaluate", "Compare models with their parent: held-out text and benchmark tasks."),
     "bench": ("bench", "Time prefill and decode of models, interleaved."),
     "report": ("report", "One self-contained HTML page from the records."),
     "generate": ("generate", "Ask a parent or a student something, or chat with it."),

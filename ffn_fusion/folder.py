@@ -27,6 +27,8 @@ RECORD = "record.json"
 INPUTS = "inputs.json"
 STATE = "state"
 MEMORY = "measured.json"
+UNKNOWN = "unknown"
+"""An input that could not be found out this time; it differs from no value."""
 T = TypeVar("T")
 
 
@@ -140,7 +142,8 @@ def _finished(stage: str, out: Path, inputs: dict[str, Any], result_type: type[T
     record = read_record(out, result_type)
     if record.stage != stage:
         raise UserError(f"{out} holds the result of '{record.stage}'; choose another --out for '{stage}'")
-    changed = sorted(key for key in record.inputs.keys() | inputs.keys() if record.inputs.get(key) != inputs.get(key))
+    values = {key: (record.inputs.get(key), inputs.get(key)) for key in record.inputs.keys() | inputs.keys()}
+    changed = sorted(key for key, (old, new) in values.items() if old != new and UNKNOWN not in (old, new))
     if changed:
         raise UserError(
             f"{out} holds a result made with other {', '.join(changed)}; choose another --out or delete the folder"

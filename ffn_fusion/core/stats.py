@@ -67,6 +67,8 @@ def paired(parent: Sequence[float], student: Sequence[float]) -> Paired:
         won, lost = int((change > 0).sum()), int((change < 0).sum())
         p_value = float(stats.binomtest(won, won + lost).pvalue) if won + lost else 1.0
         return Paired(difference, p_value, "McNemar")
+    if len(change) < 2:
+        return Paired(difference, 1.0, "bootstrap")  # one item would be resampled as itself, and look certain
     rng = np.random.default_rng(0)
     # In slices: resamples of a large task at once would not fit in memory.
     means = np.concatenate([rng.choice(change, (100, len(change))).mean(axis=1) for _ in range(BOOTSTRAP // 100)])

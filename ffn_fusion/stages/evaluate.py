@@ -71,7 +71,8 @@ def evaluate(
         "dtype": str(dtype),
     }
     if board:
-        inputs |= {"tasks": board.asked, "fitted_on": tasks.fitted_on}
+        inputs |= {"tasks": sorted(board.asked), "fitted_on": tasks.fitted_on}
+        inputs |= {f"task {name}": keys for name, keys in board.asked.items()}
 
     def work(folder: StageFolder) -> tuple[EvalResult, Environment]:
         scores = cattrs.structure(folder.load("scores.json") or [], list[ModelScore])

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ffn_fusion.core.records import TaskMetric, TaskResult, TaskScore, Unscored
 from ffn_fusion.core.stats import Estimate, estimate, paired
 from ffn_fusion.errors import UserError
-from ffn_fusion.folder import write_atomically
+from ffn_fusion.folder import UNKNOWN, write_atomically
 from ffn_fusion.hf.builtin import cache_folder
 from ffn_fusion.hf.text import documents
 from ffn_fusion.settings import Judging, Tasks
@@ -35,8 +35,8 @@ class Board:
 
     def __init__(self, selection: Selection, tokenizer: PreTrainedTokenizerBase, cache: Path) -> None:
         self.unscored = list(selection.unscored)
-        self.asked = {request.name: [part.key for part in request.parts] for request in selection.ready}
-        self.asked |= {task.task: [] for task in selection.unscored}
+        self.asked: dict[str, list[str] | str] = {task.task: UNKNOWN for task in selection.unscored}
+        self.asked |= {request.name: [part.key for part in request.parts] for request in selection.ready}
         self._requests = list(selection.ready)
         self._tokenizer = tokenizer
         self._tokens: Tokens = {}
@@ -56,18 +56,20 @@ class Board:
             try:
                 self._items[name, request.name] = [self._measured(part, own, scorer) for part in request.parts]
                 outcome = f"{time.monotonic() - start:.0f} s"
-            except UserError as error:
+            except (UserError, torch.OutOfMemoryError) as error:
+                reason = str(error) if isinstance(error, UserError) else "the GPU has too little memory for it"
                 self._requests.remove(request)
-                self.unscored.append(Unscored(request.name, str(error)))
-                outcome = f"not scored: {error}"
+                self.unscored.append(Unscored(request.name, reason))
+                outcome = f"not scored: {reason}"
             print(f"eval: {name[-40:]}: {request.name}: {outcome}", file=sys.stderr)
 
     def results(self, fitted_on: Sequence[str], column: str) -> list[TaskResult]:
         """Every task that was scored, its items looked for in the texts named."""
-        overlap = None
-        if fitted_on:
-            texts = {request.name: [t for part in request.parts for t in part.texts()] for request in self._requests}
-            overlap = overlapping(texts, _documents(fitted_on, column))
+        sources = set(fitted_on)
+        unread: set[str] = set()
+        texts = {request.name: [t for part in request.parts for t in part.texts()] for request in self._requests}
+        found = overlapping(texts, _documents(sources, column, unread))
+        overlap = found if sources - unread else None
         return [self._result(request, overlap) for request in self._requests]
 
     def lines(self) -> Iterator[str]:
@@ -120,11 +122,12 @@ def open_board(tasks: Tasks, judging: Judging, tokenizer: PreTrainedTokenizerBas
     return Board(Selection(tasks, judging, tokenizer, cache / "judge"), tokenizer, cache / "scores")
 
 
-def _documents(sources: Sequence[str], column: str) -> Iterator[str]:
-    for source in dict.fromkeys(sources):
+def _documents(sources: set[str], column: str, unread: set[str]) -> Iterator[str]:
+    for source in sorted(sources):
         try:
             yield from documents(source, column)
         except UserError as error:
+            unread.add(source)
             print(f"eval: not looked for items in {source}: {error}", file=sys.stderr)
 
 

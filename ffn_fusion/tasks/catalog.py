@@ -54,10 +54,14 @@ class Leaf:
 
 
 class Catalog:
-    """The harness' tasks. `files` maps task names to the user's own data files or folders."""
+    """The harness' tasks. `files` maps task names to the user's own data; `num_fewshot` goes before a task's own.
 
-    def __init__(self, files: dict[str, Path]) -> None:
-        self._files = files
+    `unused` names the files that no task asked for so far takes.
+    """
+
+    def __init__(self, files: dict[str, Path], num_fewshot: int | None = None) -> None:
+        self._files, self._num_fewshot = files, num_fewshot
+        self.unused = set(files)
 
     @cached_property
     def _manager(self) -> TaskManager:
@@ -72,14 +76,21 @@ class Catalog:
 
     def leaves(self, name: str) -> list[Leaf]:
         """The tasks behind a task's, group's or tag's name, or behind a task file."""
+        self.unused.discard(name)
+        found = list(self._expand(name, {}))
+        self.unused.difference_update(leaf for leaf, _ in found)
         return [
-            self._located(leaf, name, config, self._files.get(leaf) or self._files.get(name))
-            for leaf, config in self._expand(name, {})
+            self._located(leaf, name, config, self._files.get(leaf) or self._files.get(name)) for leaf, config in found
         ]
 
     def load(self, leaf: Leaf) -> Any:
-        """The harness' task object."""
-        return next(iter(self._manager.load([leaf.config])["tasks"].values()))
+        """The harness' task object; `KeyError` if local data lacks a column that the task names."""
+        task = next(iter(self._manager.load([leaf.config])["tasks"].values()))
+        for field in (task.config.doc_to_text, task.config.doc_to_choice, task.config.doc_to_target):
+            # The harness would take the name itself for the text or the answer, and count every item as wrong.
+            if not leaf.remedy and isinstance(field, str) and field.isidentifier() and field not in task.features:
+                raise KeyError(field)
+        return task
 
     def _expand(self, name: str, overrides: Config) -> Iterator[tuple[str, Config]]:
         path = Path(name)
@@ -87,8 +98,8 @@ class Catalog:
         if entry is None:
             if not path.is_file():
                 raise UserError(f"task file {name} does not exist")
-            config = load_yaml(path)
-            yield str(config["task"]), config
+            config = _read(path)
+            yield config["task"], config
         elif entry.kind is Kind.TAG:
             for child in sorted(entry.tags):
                 yield from self._expand(child, overrides)
@@ -96,7 +107,7 @@ class Catalog:
             for child in load_yaml(entry.yaml_path)["task"]:
                 yield from self._child(child, overrides)
         else:
-            config = load_yaml(entry.yaml_path, resolve_func=name not in ADAPTED)
+            config = load_yaml(entry.yaml_path, resolve_func=False) if name in ADAPTED else _read(entry.yaml_path)
             yield name, config | ADAPTED.get(name, {}) | overrides | {"task": name}
 
     def _child(self, child: str | Config, overrides: Config) -> Iterator[tuple[str, Config]]:
@@ -106,13 +117,11 @@ class Catalog:
             for grandchild in child["task"]:
                 yield from self._child(grandchild, overrides)
         else:
-            yield from self._expand(child.get("task") or child["group"], overrides | child)
+            yield from self._expand(str(child.get("task") or child.get("group")), overrides | child)
 
     def _located(self, name: str, asked: str, config: Config, file: Path | None) -> Leaf:
-        if config.get("unsafe_code"):
-            raise UserError(f"{name} runs generated code without a sandbox; of such tasks only humaneval has one here")
         dataset = str(config.get("dataset_path"))
-        shots = config.get("num_fewshot")
+        shots = config.get("num_fewshot") if self._num_fewshot is None else self._num_fewshot
         config = config | {"num_fewshot": SHOTS.get(dataset, 0) if shots is None else shots}
         if file:
             return _with_splits(name, config, _files(file, config), _digest(file))
@@ -123,6 +132,24 @@ class Catalog:
         _offline_if_cut_off()
         remedy = f"give --data {asked}=FILE" if dataset not in SETS else "run once: ffn-fusion eval --fetch-data"
         return Leaf(name, config, f"the Hub ({dataset})", remedy=remedy)
+
+
+def _read(path: Path) -> Config:
+    """A task's file with its functions, which are imported; `UserError` if that cannot be done or must not."""
+    try:
+        config: Config = load_yaml(path, resolve_func=False)
+        if config.get("unsafe_code"):
+            raise UserError(
+                f"{config.get('task')} runs generated code without a sandbox; of such tasks only humaneval has one here"
+            )
+        if not isinstance(config.get("task"), str):
+            raise ValueError("it does not name one task")
+        return dict(load_yaml(path))
+    except UserError:
+        raise
+    except Exception as error:  # of YAML, and of whatever the functions import
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"{path} cannot be read as a task: {reason}") from None
 
 
 @cache

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from ffn_fusion.errors import UserError
+
 Ids = tuple[int, ...]
 Answer = tuple[float, bool]
 UNEVEN = 0.7
@@ -45,7 +47,7 @@ def score_continuations(
 ) -> Iterator[tuple[int, Answer]]:
     """For each (context, continuation): its place, log-probability in nats and whether greedy decoding would write it.
 
-    Contexts that are too long lose their beginning. `budget` is the tokens of a batch.
+    Contexts that are too long lose their beginning; none may be empty. `budget` is the tokens of a batch.
     """
     for batch in _batches(_stems(pairs, max_length), budget):
         rows = [row for stem in batch for row in stem.rows]
@@ -77,6 +79,8 @@ def _after(model: PreTrainedModel, batch: list[Stem]) -> dict[str, Any]:
 def _stems(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], max_length: int) -> list[Stem]:
     shared: dict[Ids, dict[Ids, list[tuple[int, Ids]]]] = defaultdict(lambda: defaultdict(list))
     for i, (context, continuation) in enumerate(pairs):
+        if not 0 < len(continuation) <= max_length:
+            raise UserError(f"an answer has {len(continuation):,} tokens; it takes 1 to {max_length:,} to be scored")
         excess = len(context) + len(continuation) - 1 - max_length
         kept = tuple(context[max(0, excess) :])
         shared[kept][tuple(continuation[:-1])].append((i, tuple(continuation)))

@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 from collections import defaultdict
+from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Any
 
@@ -60,14 +61,18 @@ class HarnessTask:
             chat_template=setting.chat,
             note=leaf.note,
         )
-        digest = hashlib.sha256(json.dumps([leaf.name, self.about.version, self._task.config.filter_list]).encode())
+        judged = [leaf.name, self.about.version, self._task.config.filter_list, self._task.config.metric_list]
+        # Some filters and metrics are functions or classes.
+        digest = hashlib.sha256(json.dumps(judged, default=lambda made: made.__qualname__).encode())
+        # The right answers, too, which are in no request.
+        for _, document in self._documents():
+            digest.update(repr(document).encode())
         for request in self._task.instances:
             digest.update(repr((request.request_type, request.args)).encode())
         self.key = digest.hexdigest()
 
     def texts(self) -> list[str]:
-        documents = (document for _, document in self._task.doc_iterator(limit=self._limit))
-        return [_text(self._task, document) for document in documents]
+        return [_text(self._task, document) for _, document in self._documents()]
 
     def run(self, lm: Scorer, parent: Scorer) -> Items:
         requests = self._task.instances
@@ -78,7 +83,7 @@ class HarnessTask:
             by_document[request.doc_id].append(request)
         filters = list(requests[0].filtered_resps)
         values: dict[str, list[float | None]] = defaultdict(list)
-        for document_id, document in self._task.doc_iterator(limit=self._limit):
+        for document_id, document in self._documents():
             for name in filters:
                 answers = [request.filtered_resps[name] for request in by_document[document_id]]
                 for metric, value in self._task.process_results(document, answers).items():
@@ -91,6 +96,10 @@ class HarnessTask:
         better = {label: bool(higher.get(label.partition(",")[0], True)) for label in order}
         better |= {label: True for label in order if label.endswith(MEANS["perplexity"])}
         return Items({label: values[label] for label in order}, better, responses)
+
+    def _documents(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        documents: Iterator[tuple[int, dict[str, Any]]] = self._task.doc_iterator(limit=self._limit)
+        return documents
 
     def _add(self, values: dict[str, list[float | None]], metric: str, label: str, value: Any) -> None:
         aggregation = getattr(self._task.aggregation().get(metric), "__name__", "")

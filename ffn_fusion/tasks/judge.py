@@ -93,7 +93,7 @@ class Judge:
             with self._failures():
                 listed = self._client.models.list().data
         except (_NoReplyError, _RefusedError) as error:
-            raise self._gone(str(error)) from None
+            raise self._gone(f"asked for its models: {error}; --judge-model names one") from None
         if not listed:
             raise UserError(f"judge {self.url} lists no model; name one with --judge-model")
         return listed[0].id

@@ -39,6 +39,7 @@ class Question:
 def _needle(rng: random.Random, keys: int) -> Question:
     names, numbers = rng.sample(THINGS, keys), [str(rng.randrange(10**6, 10**7)) for _ in range(keys)]
     hidden = [f"The secret number of the {name} is {number}." for name, number in zip(names, numbers, strict=True)]
+    rng.shuffle(hidden)  # or the number asked for would be the first in every text
     return Question(hidden, f"What is the secret number of the {names[0]}?", numbers[:1])
 
 
@@ -100,7 +101,7 @@ class LongContext:
             )
 
         room = self._length - ANSWER_TOKENS - _count(self._setting.tokenizer, written(question.hidden))
-        if room < 0:
+        if room <= 0:
             raise UserError(f"{self.name} is too short to hold its question")
         start = rng.randrange(len(sentences))
         lines: list[str] = []

@@ -10,7 +10,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList, StopStringCriteria
 
 from ffn_fusion.tasks.continuations import Answer, score_continuations
 
@@ -27,6 +27,18 @@ CPU_TOKENS = 1024
 MAX_TOKENS = 32_768
 GENERATION_ROOM = 1024
 """Tokens that an answer is given room for when prompts are put together."""
+
+
+class _StopString(StopStringCriteria):  # type: ignore[misc]
+    """Stop strings in what was generated; the end of the prompt is no part of one, as in the harness."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: list[str], prompt_width: int) -> None:
+        super().__init__(tokenizer, stop)
+        self._prompt_width = prompt_width
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **options: Any) -> torch.Tensor:
+        done: torch.Tensor = super().__call__(input_ids[:, self._prompt_width :], scores, **options)
+        return done
 
 
 class Scorer(HFLM):  # type: ignore[misc]
@@ -76,9 +88,16 @@ class Scorer(HFLM):  # type: ignore[misc]
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **options: Any) -> torch.Tensor:
         """A prompt is done at its own stop string; the harness' criterion waits for all to reach the same one."""
-        if stop:
-            options |= {"stop_strings": stop, "tokenizer": self.tokenizer}
-        tokens: torch.Tensor = super()._model_generate(context=context, max_length=max_length, stop=[], **options)
+        if not options["do_sample"]:
+            options.pop("temperature", None)  # of which transformers would warn
+        tokens: torch.Tensor = self.model.generate(
+            input_ids=context,
+            max_length=max_length,
+            stopping_criteria=StoppingCriteriaList([_StopString(self.tokenizer, stop, context.shape[1])]),
+            pad_token_id=self.tokenizer.pad_token_id,
+            use_cache=True,
+            **options,
+        )
         return tokens
 
     def _budget(self) -> int:

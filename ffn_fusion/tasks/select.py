@@ -40,20 +40,19 @@ class Selection:
         self.ready: list[Request] = []
         self.unscored: list[Unscored] = []
         self._tasks, self._judging, self._tokenizer, self._cache = tasks, judging, tokenizer, cache
-        files = _files(tasks.data)
-        self._catalog = Catalog(files)
+        self._catalog = Catalog(_files(tasks.data), tasks.num_fewshot)
         names = _names(tasks.tasks)
         for name in names:
             if not _long_context(name):
                 self._catalog.check(name, OWN)
         for name, limit in names.items():
             try:
-                self.ready.append(Request(name, self._parts(name, limit or tasks.limit)))
+                self.ready.append(Request(name, self._parts(name, tasks.limit or limit)))
             except UserError as error:
                 self.unscored.append(Unscored(name, str(error)))
-        unused = files.keys() - {part.name for request in self.ready for part in request.parts} - names.keys()
-        if unused:
-            raise UserError(f"--data names {', '.join(sorted(unused))}, which is none of the tasks asked for")
+        if self._catalog.unused:
+            unused = ", ".join(sorted(self._catalog.unused))
+            raise UserError(f"--data names {unused}, which is none of the harness' tasks that were asked for")
 
     @cached_property
     def _judge(self) -> Judge:
@@ -81,9 +80,6 @@ class Selection:
             if name == judged.name:
                 return [judged(self._setting(True, limit), self._judge)]
         leaves = self._catalog.leaves(name)
-        if self._tasks.num_fewshot is not None:
-            for leaf in leaves:
-                leaf.config["num_fewshot"] = self._tasks.num_fewshot
         # A limit is meant for the whole of a group.
         share = -(-limit // len(leaves)) if limit else None
         return [HarnessTask(self._catalog, leaf, self._setting(leaf.name in CHAT, share)) for leaf in leaves]

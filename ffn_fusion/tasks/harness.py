@@ -141,7 +141,8 @@ def _answer(lm: Scorer, requests: list[Any]) -> list[str]:
     for kind, same in by_kind.items():
         for request, answer in zip(same, lm.answer(kind, same), strict=True):
             request.resps.append(answer)
-    return [str(answer) for request in by_kind["generate_until"] for answer in request.resps]
+    written = (request for request in requests if request.request_type == "generate_until")
+    return [str(answer) for request in written for answer in request.resps]
 
 
 def _text(task: Any, document: dict[str, Any]) -> str:

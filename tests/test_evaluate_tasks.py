@@ -272,6 +272,10 @@ def test_likeness_to_another_parent_is_measured_anew(bench: Bench, fetched: Path
     assert runs == [("agreement", "parent"), ("agreement", "student")]
     assert one.tasks[0].metrics[0].scores[0].value.mean != one.tasks[0].metrics[0].scores[1].value.mean
     assert [score.model for score in other.tasks[0].metrics[0].scores] == ["fused", "parent"]
+    # A share of what is negative would say nothing.
+    likely = one.tasks[0].metrics[1].scores[1]
+    assert likely.value.mean < 0
+    assert likely.share_of_parent is None
 
 
 def test_a_killed_run_goes_on_where_it_stopped(
@@ -421,6 +425,9 @@ def test_a_judge_rates_answers_and_compares_them_with_the_parents(
     assert after["values"]["wins over parent"] == wins
     assert wins != [0.5] * 3
     assert arena.metrics[0].scores[1].share_of_parent == pytest.approx(sum(wins) / 1.5)
+    pairs = zip(before["responses"], after["responses"], strict=True)
+    games = {(i, *game) for i, (b, a) in enumerate(pairs) for game in ((a, b), (b, a))}
+    assert sum(body["messages"][-1]["content"].count("#####") == 2 for body in judge.seen) == len(games)
     seen = len(judge.seen)
     # Another run asks the judge whether it is there, and nothing else.
     bench.evaluate(tmp_path / "again", "mt_bench", "arena_hard", judge=judge)
@@ -432,17 +439,25 @@ def test_a_missing_verdict_is_an_item_without_a_value(
     bench: Bench, fetched: Path, judge: Server, tmp_path: Path
 ) -> None:
     write_mt_bench(fetched)
-    judge.reply = lambda messages: "dunno" if messages[1:2] and "Sing." in messages[1]["content"] else verdict(messages)
+
+    def reply(messages: list[dict[str, str]]) -> Reply:
+        # Up to the ninth, the parent's: a greeting, six questions, and a reminder of two of them.
+        silent = "Sing." if len(judge.seen) <= 9 else "Be."
+        return "dunno" if messages[1:] and silent in messages[1]["content"] else verdict(messages)
+
+    judge.reply = reply
     result = bench.evaluate(tmp_path / "out", "mt_bench", judge=judge)
     (task,) = result.tasks
     lines = samples(tmp_path / "out")
     values = [lines[label, "mt_bench"]["values"]["rating"] for label in ("parent", "fused")]
-    assert [[value is None for value in own] for own in values] == [[True, True, False, False, False, False]] * 2
+    assert [[value is not None for value in own] for own in values] == [[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]]
     assert task.note.endswith("; 4 items without a value")
     scores = task.metrics[0].scores
     assert [score.value.n for score in scores] == [4, 4]
     assert scores[1].difference is not None
-    assert scores[1].difference.difference.mean == pytest.approx((sum(values[1][2:]) - sum(values[0][2:])) / 4)
+    change = [values[1][i] - values[0][i] for i in (2, 3)]
+    assert scores[1].difference.difference.mean == pytest.approx(sum(change) / 2)
+    assert scores[1].share_of_parent == pytest.approx(sum(values[1][2:4]) / sum(values[0][2:4]))
 
 
 def test_a_judge_that_dies_half_way_ends_its_tasks_only_and_goes_on_later(
@@ -503,6 +518,11 @@ def test_data_is_fetched_alone_or_before_a_run(
     assert call(*bench.command(tmp_path / "out", "piqa"), "--fetch-data") == 0
     assert [task.task for task in read_record(tmp_path / "out", EvalResult).result.tasks] == ["piqa"]
     assert len(fetches) == 2
+    monkeypatch.setattr(data, "fetch_data", lambda: fail("no package"))
+    assert call("eval", "--fetch-data") == 2
+    assert capsys.readouterr().err.endswith("\nffn-fusion: no package\n")
+    assert call(*bench.command(tmp_path / "out", "piqa"), "--fetch-data") == 0
+    assert "eval: no package\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("given", [[], ["{parent}"], ["--out", "{out}"], ["--tasks", "piqa"]])

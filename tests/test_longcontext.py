@@ -11,6 +11,7 @@ import pytest
 from conftest import tiny_tokenizer
 from reference import one_line
 
+pytest.importorskip("lm_eval")
 from ffn_fusion.errors import UserError
 from ffn_fusion.tasks.benchmark import Setting
 from ffn_fusion.tasks.longcontext import ANSWER_TOKENS, CHAIN, KINDS, LongContext

@@ -30,8 +30,8 @@ from ffn_fusion.tasks.sandbox import why_no_sandbox
 from ffn_fusion.tasks.scorer import Scorer
 
 TEMPLATE = (
-    "{% for turn in messages %}<{{ turn.role }}>{{ turn.content }}{% if not loop.last %}<end>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<end><assistant>{% endif %}"
+    "{% for turn in messages %}<{{ turn.role }}>{{ turn.content }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 LONG = 4096
 
@@ -167,7 +167,7 @@ def test_a_prompt_is_done_at_its_own_stop_string(model: PreTrainedModel) -> None
         wanted = plain.answer("generate_until", asked)
     with widths(model) as of_ours:
         assert ours.answer("generate_until", asked) == wanted
-    assert wanted == [answer[:3] for answer in free]
+    assert wanted == ours.generate(PROMPTS[:3], 60, stop) == [answer[:3] for answer in free]
     assert len(of_ours) == 6
     assert len(of_harness) > 30
 
@@ -366,6 +366,7 @@ def test_a_limit_takes_the_first_items(name: str, build: Build, model: PreTraine
     assert few.texts() == whole.texts()[:2]
     every = run(whole, scorer).values
     assert {metric: values[:2] for metric, values in every.items()} == run(few, scorer).values
+    assert len(prompts(few)) == len(prompts(whole)) * 2 / len(DATA[name]), "and asks for no others"
 
 
 def test_the_text_of_an_item_holds_question_options_and_answer(build: Build) -> None:

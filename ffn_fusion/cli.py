@@ -19,7 +19,11 @@ VERBS = {
     "generate": ("generate", "Ask a parent or a student something, or chat with it."),
 }
 
-app = App(name="ffn-fusion", help="Turn a causal language model into one with far fewer sequential steps.")
+app = App(
+    name="ffn-fusion",
+    help="Turn a causal language model into one with far fewer sequential steps.",
+    suppress_keyboard_interrupt=False,
+)
 for _verb, (_function, _help) in VERBS.items():
     app.command(f"ffn_fusion.stages.{_function}:{_function}", name=_verb, help=_help)
 

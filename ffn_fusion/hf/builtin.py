@@ -151,6 +151,8 @@ def with_archive(package: Package, use: Callable[[Path], T]) -> T:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            if "DO NOT MATCH THE HASHES" in done.stderr:
+                reason = "its hash on the index is not the one pinned here"
             raise UserError(f"could not fetch {package.requirement} with pip: {reason}")
         requirements.unlink()
         return use(next(Path(folder).iterdir()))

@@ -12,6 +12,7 @@ from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList, StopStringCriteria
 
+from ffn_fusion.errors import UserError
 from ffn_fusion.tasks.continuations import Answer, score_continuations
 
 # It warns that a loaded model is not a name, and more that a user cannot act on.
@@ -110,6 +111,9 @@ class Scorer(HFLM):  # type: ignore[misc]
     def answer(self, kind: str, requests: list[Instance]) -> list[Any]:
         """Answers to requests of one of the harness' kinds, with its progress bar where there is a terminal."""
         if kind == "generate_until":
+            room = max(request.args[1].get("max_gen_toks", self.max_gen_toks) for request in requests)
+            if room >= self.max_length:
+                raise UserError(f"its answers may take {room:,} tokens; the model takes {self.max_length:,} at most")
             self.batch_size_per_gpu = self._prompts_at_once(requests)
         else:
             self._encode_all(text for request in requests for text in _as_encoded(*request.args))

@@ -67,9 +67,11 @@ class Board:
         """Every task that was scored, its items looked for in the texts named."""
         sources = set(fitted_on)
         unread: set[str] = set()
-        texts = {request.name: [t for part in request.parts for t in part.texts()] for request in self._requests}
-        found = overlapping(texts, _documents(sources, column, unread))
-        overlap = found if sources - unread else None
+        overlap = None
+        if sources:
+            texts = {request.name: [t for part in request.parts for t in part.texts()] for request in self._requests}
+            found = overlapping(texts, _documents(sources, column, unread))
+            overlap = found if sources - unread else None
         return [self._result(request, overlap) for request in self._requests]
 
     def lines(self) -> Iterator[str]:

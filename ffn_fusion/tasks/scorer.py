@@ -24,10 +24,8 @@ Conversation = list[dict[str, str]]
 LOGIT_BYTES = 12
 """A token whose logits are read takes this many bytes for each entry of the vocabulary: logits, float32, a copy."""
 CPU_TOKENS = 1024
-"""Larger batches gain nothing on a CPU (docs/notebook.md)."""
+"""On a CPU, more at once is not quicker."""
 MAX_TOKENS = 32_768
-GENERATION_ROOM = 1024
-"""Tokens that an answer is given room for when prompts are put together."""
 
 
 class _StopString(StopStringCriteria):  # type: ignore[misc]
@@ -76,14 +74,14 @@ class Scorer(HFLM):  # type: ignore[misc]
         found = dict(tqdm(answers, total=len(pairs), disable=disable_tqdm, desc="scoring"))
         return [found[i] for i in range(len(pairs))]
 
-    def _prompts_at_once(self, requests: list[Instance]) -> int:
-        """As many prompts as a third of the free memory holds the caches of."""
+    def _prompts_at_once(self, requests: list[Instance], room: int) -> int:
+        """As many prompts, each with `room` for its answer, as a third of the free memory holds the caches of."""
         if self.device.type != "cuda":
             return 8
         config = self.model.config
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        length = max(len(self.tok_encode(request.args[0])) for request in requests) + GENERATION_ROOM
+        length = max(len(self.tok_encode(request.args[0])) for request in requests) + room
         cache: int = 4 * config.num_hidden_layers * heads * head_dim * length
         return max(1, min(256, torch.cuda.mem_get_info(self.device)[0] // 3 // cache))
 
@@ -114,7 +112,7 @@ class Scorer(HFLM):  # type: ignore[misc]
             room = max(request.args[1].get("max_gen_toks", self.max_gen_toks) for request in requests)
             if room >= self.max_length:
                 raise UserError(f"its answers may take {room:,} tokens; the model takes {self.max_length:,} at most")
-            self.batch_size_per_gpu = self._prompts_at_once(requests)
+            self.batch_size_per_gpu = self._prompts_at_once(requests, room)
         else:
             self._encode_all(text for request in requests for text in _as_encoded(*request.args))
         answers: list[Any] = getattr(self, kind)(requests, disable_tqdm=not sys.stderr.isatty())

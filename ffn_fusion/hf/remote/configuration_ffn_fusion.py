@@ -45,19 +45,31 @@ def ffn_width(ffn: dict[str, Any], hidden_size: int) -> int:
     return width_of(ffn["ffn_mult"], hidden_size) if ffn.get("ffn_mult") else ffn["intermediate_size"]
 
 
+def _entries(value: Any) -> Any:
+    if isinstance(value, dict):
+        return Entry({name: _entries(item) for name, item in value.items()})
+    return [_entries(item) for item in value] if isinstance(value, list) else value
+
+
 class BlockConfigs:
-    """Adds `block_configs` to a family's configuration, and writes the rotary base in both of its spellings."""
+    """Adds `block_configs` to a family's configuration, and writes the rotary base in both of its spellings.
+
+    In the folded form a block's entry lists the FFNs after its first one as `following_ffns`.
+    """
 
     def __post_init__(self, **kwargs: Any) -> None:
-        blocks = kwargs.pop("block_configs", [])
-        self.block_configs = [Entry(attention=Entry(b["attention"]), ffn=Entry(b["ffn"])) for b in blocks]
+        self.block_configs = [_entries(block) for block in kwargs.pop("block_configs", [])]
         self.intermediate_size = max(self.ffn_widths, default=self.intermediate_size)
         super().__post_init__(**kwargs)
 
     @property
     def ffn_widths(self) -> list[int]:
-        """FFN width of each block; 0 where there is none."""
-        return [ffn_width(block.ffn, self.hidden_size) for block in self.block_configs]
+        """FFN width of each block, all its FFNs together; 0 where there is none."""
+        return [sum(self.widths_of(block)) for block in self.block_configs]
+
+    def widths_of(self, block: Entry) -> list[int]:
+        """Width of each FFN of a block."""
+        return [ffn_width(ffn, self.hidden_size) for ffn in (block.ffn, *block.get("following_ffns", ()))]
 
     def to_dict(self) -> dict[str, Any]:
         data = super().to_dict()
@@ -70,45 +82,60 @@ class BlockConfigs:
         return data
 
 
+def sharded(plan: dict[str, str]) -> dict[str, str]:
+    """A family's tensor-parallel plan, for the following FFNs of the folded form too."""
+    return plan | {name.replace(".mlp.", ".following_ffns.*.mlp."): style for name, style in plan.items()}
+
+
 class DeciLMConfig(BlockConfigs, LlamaConfig):
     model_type = "nemotron-nas"
 
 
 class FusedLlamaConfig(BlockConfigs, LlamaConfig):
     model_type = "ffn-fusion-llama"
+    base_model_tp_plan = sharded(LlamaConfig.base_model_tp_plan)
 
 
 class FusedMistralConfig(BlockConfigs, MistralConfig):
     model_type = "ffn-fusion-mistral"
+    base_model_tp_plan = sharded(MistralConfig.base_model_tp_plan)
 
 
 class FusedQwen2Config(BlockConfigs, Qwen2Config):
     model_type = "ffn-fusion-qwen2"
+    base_model_tp_plan = sharded(Qwen2Config.base_model_tp_plan)
 
 
 class FusedQwen3Config(BlockConfigs, Qwen3Config):
     model_type = "ffn-fusion-qwen3"
+    base_model_tp_plan = sharded(Qwen3Config.base_model_tp_plan)
 
 
 class FusedPhi3Config(BlockConfigs, Phi3Config):
     model_type = "ffn-fusion-phi3"
+    base_model_tp_plan = sharded(Phi3Config.base_model_tp_plan)
 
 
 class FusedGraniteConfig(BlockConfigs, GraniteConfig):
     model_type = "ffn-fusion-granite"
+    base_model_tp_plan = sharded(GraniteConfig.base_model_tp_plan)
 
 
 class FusedGemmaConfig(BlockConfigs, GemmaConfig):
     model_type = "ffn-fusion-gemma"
+    base_model_tp_plan = sharded(GemmaConfig.base_model_tp_plan)
 
 
 class FusedSmolLM3Config(BlockConfigs, SmolLM3Config):
     model_type = "ffn-fusion-smollm3"
+    base_model_tp_plan = sharded(SmolLM3Config.base_model_tp_plan)
 
 
 class FusedArceeConfig(BlockConfigs, ArceeConfig):
     model_type = "ffn-fusion-arcee"
+    base_model_tp_plan = sharded(ArceeConfig.base_model_tp_plan)
 
 
 class FusedStarcoder2Config(BlockConfigs, Starcoder2Config):
     model_type = "ffn-fusion-starcoder2"
+    base_model_tp_plan = sharded(Starcoder2Config.base_model_tp_plan)

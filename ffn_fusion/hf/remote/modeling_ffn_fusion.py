@@ -2,6 +2,7 @@
 
 Shipped with every student of ffn-fusion. The stock model is built as ever and its layers are then edited to
 `config.block_configs`; embeddings, masks, rotary positions, caches, generation and the head stay the family's.
+In the folded form a layer is an attention followed by several FFNs, so that every layer has an attention.
 """
 
 import copy
@@ -11,15 +12,25 @@ import torch
 from torch import nn
 from transformers import (
     ArceeForCausalLM,
+    ArceeModel,
     GemmaForCausalLM,
+    GemmaModel,
     GraniteForCausalLM,
+    GraniteModel,
     LlamaForCausalLM,
+    LlamaModel,
     MistralForCausalLM,
+    MistralModel,
     Phi3ForCausalLM,
+    Phi3Model,
     Qwen2ForCausalLM,
+    Qwen2Model,
     Qwen3ForCausalLM,
+    Qwen3Model,
     SmolLM3ForCausalLM,
+    SmolLM3Model,
     Starcoder2ForCausalLM,
+    Starcoder2Model,
 )
 
 from .configuration_ffn_fusion import (
@@ -37,21 +48,44 @@ from .configuration_ffn_fusion import (
 )
 
 
+class Ffn(nn.Module):
+    """An FFN with its norm, as it follows the first one of a folded layer."""
+
+    def __init__(self, norm: nn.Module, mlp: nn.Module) -> None:
+        super().__init__()
+        self.post_attention_layernorm, self.mlp = norm, mlp
+
+
 class Block:
     """Forward of one block, mixed into the family's own layer class: either sublayer may be None."""
 
     residual_multiplier = 1.0
+    following_ffns: Any = ()
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         if self.self_attn is not None:
             attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
             hidden_states = self.add(hidden_states, attended)
-        if self.mlp is not None:
-            hidden_states = self.add(hidden_states, self.mlp(self.post_attention_layernorm(hidden_states)))
+        else:
+            self.pass_by(hidden_states, kwargs.get("past_key_values"))
+        for ffn in (self, *self.following_ffns):
+            if ffn.mlp is not None:
+                update = ffn.mlp(ffn.post_attention_layernorm(hidden_states))
+                hidden_states = self.add(hidden_states, update)
         return hidden_states
 
     def add(self, hidden_states: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
         return hidden_states + (update if self.residual_multiplier == 1.0 else update * self.residual_multiplier)
+
+    def pass_by(self, hidden_states: torch.Tensor, cache: Any) -> None:
+        """Keep this block's cache entry as long as the others, of no width.
+
+        Caches are cropped, reordered and asked for their length entry by entry. transformers 5.17 fails on one that
+        was never written, so speculative decoding and beam search would.
+        """
+        if cache is not None:
+            empty = hidden_states.new_empty(hidden_states.shape[0], 1, hidden_states.shape[1], 0)
+            cache.update(empty, empty, self.layer_idx)
 
 
 def with_fields(config: Any, **fields: Any) -> Any:
@@ -66,7 +100,8 @@ def edit_layer(layer: nn.Module, index: int, config: Any) -> None:
     """Turn a stock decoder layer into block `index`; it stays an instance of its class under the same name."""
     stock = type(layer)
     layer.__class__ = type(stock.__name__, (Block, stock), {})
-    block, width = config.block_configs[index], config.ffn_widths[index]
+    layer.layer_idx = index
+    block = config.block_configs[index]
     if block["attention"]["no_op"]:
         layer.self_attn = layer.input_layernorm = None
     else:
@@ -74,60 +109,109 @@ def edit_layer(layer: nn.Module, index: int, config: Any) -> None:
         if kv_heads != config.num_key_value_heads:
             narrowed = with_fields(config, num_key_value_heads=kv_heads)
             layer.self_attn = type(layer.self_attn)(narrowed, layer_idx=index)
-    if width == 0:
+    if block["ffn"]["no_op"]:
         layer.mlp = layer.post_attention_layernorm = None
-    elif width != config.intermediate_size:
-        layer.mlp = type(layer.mlp)(with_fields(config, intermediate_size=width))
+        return
+    mlp, norm = type(layer.mlp), layer.post_attention_layernorm
+    first, *following = (with_fields(config, intermediate_size=width) for width in config.widths_of(block))
+    if first.intermediate_size != config.intermediate_size:
+        layer.mlp = mlp(first)
+    if following:
+        layer.following_ffns = nn.ModuleList(Ffn(copy.deepcopy(norm), mlp(more)) for more in following)
 
 
 class Fused:
-    """Mixed into a family's causal LM: edits the layers once they are built."""
+    """Mixed into a family's model, with or without a head: edits the layers once they are built."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        for index, layer in enumerate(self.model.layers):
+        for index, layer in enumerate(self.base_model.layers):
             edit_layer(layer, index, config)
         self.post_init()
+
+
+class DeciLMModel(Fused, LlamaModel):
+    config_class = DeciLMConfig
 
 
 class DeciLMForCausalLM(Fused, LlamaForCausalLM):
     config_class = DeciLMConfig
 
 
+class FusedLlamaModel(Fused, LlamaModel):
+    config_class = FusedLlamaConfig
+
+
 class FusedLlamaForCausalLM(Fused, LlamaForCausalLM):
     config_class = FusedLlamaConfig
+
+
+class FusedMistralModel(Fused, MistralModel):
+    config_class = FusedMistralConfig
 
 
 class FusedMistralForCausalLM(Fused, MistralForCausalLM):
     config_class = FusedMistralConfig
 
 
+class FusedQwen2Model(Fused, Qwen2Model):
+    config_class = FusedQwen2Config
+
+
 class FusedQwen2ForCausalLM(Fused, Qwen2ForCausalLM):
     config_class = FusedQwen2Config
+
+
+class FusedQwen3Model(Fused, Qwen3Model):
+    config_class = FusedQwen3Config
 
 
 class FusedQwen3ForCausalLM(Fused, Qwen3ForCausalLM):
     config_class = FusedQwen3Config
 
 
+class FusedPhi3Model(Fused, Phi3Model):
+    config_class = FusedPhi3Config
+
+
 class FusedPhi3ForCausalLM(Fused, Phi3ForCausalLM):
     config_class = FusedPhi3Config
+
+
+class FusedGraniteModel(Fused, GraniteModel):
+    config_class = FusedGraniteConfig
 
 
 class FusedGraniteForCausalLM(Fused, GraniteForCausalLM):
     config_class = FusedGraniteConfig
 
 
+class FusedGemmaModel(Fused, GemmaModel):
+    config_class = FusedGemmaConfig
+
+
 class FusedGemmaForCausalLM(Fused, GemmaForCausalLM):
     config_class = FusedGemmaConfig
+
+
+class FusedSmolLM3Model(Fused, SmolLM3Model):
+    config_class = FusedSmolLM3Config
 
 
 class FusedSmolLM3ForCausalLM(Fused, SmolLM3ForCausalLM):
     config_class = FusedSmolLM3Config
 
 
+class FusedArceeModel(Fused, ArceeModel):
+    config_class = FusedArceeConfig
+
+
 class FusedArceeForCausalLM(Fused, ArceeForCausalLM):
     config_class = FusedArceeConfig
+
+
+class FusedStarcoder2Model(Fused, Starcoder2Model):
+    config_class = FusedStarcoder2Config
 
 
 class FusedStarcoder2ForCausalLM(Fused, Starcoder2ForCausalLM):

@@ -12,9 +12,13 @@ VERBS = {
     "run": ("run", "The main job: turn a model into a fused one, all stages with one dial."),
     "analyze": ("analyze", "Score every sublayer and measure the pairwise dependency of blocks."),
     "search": ("search", "Find a plan: which attentions to remove and which FFNs to fuse."),
+    "plan": ("plan", "Say what a plan holds, another tool's included, and write its plan.json."),
     "fuse": ("fuse", "Build the student of a plan."),
     "eval": ("evaluate", "Compare models with their parent: held-out text and benchmark tasks."),
     "bench": ("bench", "Time prefill and decode of models, interleaved."),
+    "export": ("export", "Turn a student into what an engine loads, and try it there."),
+    "serve": ("serve", "Start an engine's own server on a model."),
+    "speculate": ("speculate", "Decode with a draft model: acceptance, speed, and whether the output is the same."),
     "report": ("report", "One self-contained HTML page from the records."),
     "generate": ("generate", "Ask a parent or a student something, or chat with it."),
 }

@@ -115,11 +115,25 @@ def test_wide_blocks_are_fitted_in_slices(tiny_parent: Callable[[str], Path], mo
 
 
 def test_blocks_to_fit_are_those_that_differ_from_the_parent() -> None:
-    assert blocks_to_fit(PLAN, 6, "parent") == [1, 2]
-    assert blocks_to_fit(PLAN, 6, "unfused") == [1]
-    assert blocks_to_fit(Plan.identity(6), 6, "parent") == []
+    parent = Plan.identity(6)
+    assert blocks_to_fit(PLAN, parent, "parent") == [1, 2]
+    assert blocks_to_fit(PLAN, parent, "unfused") == [1]
+    assert blocks_to_fit(parent, parent, "parent") == []
     dropped = Plan.parse("A0F0 A1F1 A3F3 A4F4 A5F5")
-    assert blocks_to_fit(dropped, 6, "parent") == [1]  # it stands where layer 2 was
+    assert blocks_to_fit(dropped, parent, "parent") == [1]  # it stands where layer 2 was
+
+
+def test_an_ffn_answers_for_the_attention_without_ffn_in_front_of_it() -> None:
+    parent = Plan.identity(6)
+    assert blocks_to_fit(Plan.parse("A0F0 A1 A2F2 A3F3 A4F4 A5"), parent, "parent") == [2]
+    assert blocks_to_fit(Plan.parse("A0F0 A1 A2 A3F3 A4F4 -F5"), parent, "parent") == [3, 5]
+
+
+def test_blocks_that_the_parent_has_as_they_are_need_no_fit() -> None:
+    parent = Plan.parse("A0F0 A1 -F2 A5F5")  # layers 3 and 4 hold nothing
+    assert blocks_to_fit(parent, parent, "parent") == []
+    assert blocks_to_fit(parent.without_attention([1]), parent, "parent") == [0]
+    assert blocks_to_fit(Plan.parse("A0F0 A1 -F2 -F5"), parent, "parent") == [3]
 
 
 def test_a_plan_that_reorders_layers_is_refused(tiny_parent: Callable[[str], Path]) -> None:

@@ -27,6 +27,7 @@ PLANS = {
     "group without attention": "A0F0 A1F1 -F2+3 A4F4 A5F5",
     "two groups, a layer dropped": "A0F0 -F1+2 A4F4+5",
     "attention and FFN of different layers": "A0F1 A2F3 -F4+5",
+    "attentions without FFN": "A0F0 A1 A2F2+3 A4 A5",
 }
 Parent = Callable[[str], Path]
 families = pytest.mark.parametrize("family", FAMILIES)

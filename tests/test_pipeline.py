@@ -208,6 +208,116 @@ def test_a_full_disk_is_one_line(
     assert not out.exists()
 
 
+def start_options(finished: Path, texts: tuple[Path, Path]) -> list[object]:
+    return ["--analysis", finished / "analysis", "--text", texts[0], "--fit-windows", 8, *SMALL]
+
+
+def test_a_search_can_begin_with_what_another_tool_dropped(
+    finished: Path, tiny_parent: Callable[[str], Path], texts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    dropped = tmp_path / "config.json"
+    dropped.write_text(json.dumps({"drop_attn_list": [3, 4], "drop_mlp_list": [1], "num_hidden_layers": 6}))
+    out, parent = tmp_path / "search", tiny_parent("llama")
+    options = [*start_options(finished, texts), "--start", dropped, "--fusion-slack", 1e9]
+    assert call("search", parent, "--out", out, *options) == 0
+    record = read_record(out, SearchResult)
+    assert record.inputs["start"] == "A0F0 A1 A2F2 -F3 -F4 A5F5"
+    result = record.result
+    assert result.plan == "A0F0 A1 A2F2+3+4 A5F5", "with no limit all that may be fused is fused"
+    assert [step.action for step in result.steps[:2]] == ["begin with the plan given", "calibrate, nothing fused"]
+    assert result.unfused_kl == result.steps[0].kl
+    assert result.unfused_kl.mean > 0
+    # A limit that nothing fused can keep leaves the plan as it began.
+    strict = [*start_options(finished, texts), "--start", dropped, "--max-kl", 0]
+    assert call("search", parent, "--out", tmp_path / "strict", *strict) == 0
+    assert read_record(tmp_path / "strict", SearchResult).result.plan == record.inputs["start"]
+
+
+def test_a_search_that_began_elsewhere_is_another_one(
+    finished: Path,
+    tiny_parent: Callable[[str], Path],
+    texts: tuple[Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = [*start_options(finished, texts), "--out", tmp_path / "search", "--trials", 1]
+    assert call("search", tiny_parent("llama"), *options, "--start", "A0F0 A1F1 -F2+3 A4F4 A5F5") == 0
+    begun = read_record(tmp_path / "search", SearchResult).inputs["start"]
+    assert begun == "A0F0 A1F1 -F2 -F3 A4F4 A5F5", "groups are taken apart and found anew"
+    capsys.readouterr()
+    assert call("search", tiny_parent("llama"), *options, "--start", "A0F0 A1F1 A2F2 -F3 A4F4 A5F5") == 2
+    assert "other start" in capsys.readouterr().err
+    assert "start" not in read_record(finished / "search", SearchResult).inputs, "earlier results stay valid"
+
+
+def test_the_main_job_can_begin_with_another_tools_plan(
+    finished: Path, tiny_parent: Callable[[str], Path], texts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    slices = "slices: [{sources: [{model: x, layer_range: [0, 3]}]}, {sources: [{model: x, layer_range: [4, 6]}]}]"
+    (tmp_path / "merge.yaml").write_text(f"{slices}\nmerge_method: passthrough\n")
+    options = ["--start", tmp_path / "merge.yaml", "--text", texts[0], "--eval-text", texts[1], "--eval-windows", 2]
+    out = tmp_path / "run"
+    assert call("run", tiny_parent("llama"), "--out", out, *options, "--fit-windows", 8, "--no-steps", *SMALL) == 0
+    assert str(Plan.from_json((out / "student" / "plan.json").read_text())) == "A0F0 A1F1 A2F2 A4F4 A5F5"
+
+
+def test_another_tools_plan_can_be_built_in_one_command(tiny_parent: Callable[[str], Path], tmp_path: Path) -> None:
+    """The same student from the tool's file, from our plan of it, and from the line it stands for."""
+    dropped = tmp_path / "llm-drop"
+    dropped.mkdir()
+    (dropped / "config.json").write_text(json.dumps({"drop_attn_list": [False, False, True, True, False, False]}))
+    assert call("plan", dropped, "--layers", 6, "--out", tmp_path / "plan.json") == 0
+    plans = (dropped / "config.json", dropped, tmp_path / "plan.json", "A0F0 A1F1 -F2 -F3 A4F4 A5F5")
+    written = []
+    for number, plan in enumerate(plans):
+        out = tmp_path / str(number)
+        assert call("fuse", tiny_parent("llama"), "--plan", plan, "--out", out, "--calibrate", "none") == 0
+        written.append([(out / name).read_bytes() for name in ("model.safetensors", "plan.json", "config.json")])
+    assert written[1:] == written[:1] * 3
+
+
+def test_the_plan_verb_says_what_a_plan_holds(
+    finished: Path, tiny_parent: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parent = tiny_parent("llama")
+    assert call("plan", "A0F0 A1 -F2+3", "--parent", parent) == 0
+    shown = capsys.readouterr().out
+    counts = ["4 source layers", "3 blocks", "2 attentions", "2 FFNs", "4 sequential sublayers", "fused groups: 2-3"]
+    assert shown.splitlines()[0] == "A0F0 A1 -F2+3"
+    assert [word for word in counts if word not in shown] == []
+    assert call("plan", parent) == 0
+    assert capsys.readouterr().out.startswith("A0F0 A1F1 A2F2 A3F3 A4F4 A5F5\n6 source layers, 6 blocks")
+    assert call("plan", finished / "student") == 0
+    made = Plan.from_json((finished / "student" / "plan.json").read_text())
+    assert capsys.readouterr().out.splitlines()[0] == str(made), "its plan, not its own blocks"
+    entries = [
+        {
+            "attention": {"no_op": not kv, "num_key_value_heads": kv or None},
+            "ffn": {"no_op": not width, "intermediate_size": width or None},
+        }
+        for kv, width in ((2, 512), (0, 0), (0, 1024), (4, 256))
+    ]
+    sizes = {"hidden_size": 4096, "num_attention_heads": 32, "vocab_size": 128_000, "num_hidden_layers": 4}
+    (tmp_path / "config.json").write_text(json.dumps(sizes | {"block_configs": entries}))
+    assert call("plan", tmp_path, "--layers", 5, "--groups", "1-3", "--out", tmp_path / "new" / "p.json") == 0
+    shown = capsys.readouterr().out
+    assert shown.splitlines()[0] == "A0F0 -F1+2+3 A4F4"
+    assert "4 slots, 1 of them padding, 1.1 B parameters, fused FFNs 1,024 wide" in shown
+    assert str(Plan.from_json((tmp_path / "new" / "p.json").read_text())) == "A0F0 -F1+2+3 A4F4"
+    assert call("plan", tmp_path) == 0
+    shown = capsys.readouterr().out
+    assert shown.splitlines()[0] == "A0F0 -F2 A3F3"
+    assert "widest FFN 1,024" in shown
+
+
+def test_the_plan_verb_overwrites_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "plan.json"
+    out.write_text("mine")
+    assert call("plan", "A0F0 -F1", "--out", out) == 2
+    assert capsys.readouterr().err == f"ffn-fusion: {out} exists; choose another --out\n"
+    assert out.read_text() == "mine"
+
+
 REFUSED = [
     (["fuse", "{parent}", "--plan", "A0F0 A0F1", "--out", "{out}"], "twice"),
     (["fuse", "{parent}", "--plan", "A1F0 A2F2", "--out", "{out}"], "layer 0"),
@@ -222,6 +332,19 @@ REFUSED = [
     (["fuse", "{short}.bin", "--plan", PLAN, "--out", "{out}"], "pickle"),
     (["fuse", "builtin:nothing", "--plan", PLAN, "--out", "{out}"], "smollm2-135m"),
     (["run", "{parent}", "--out", "{out}"], "--max-kl"),
+    (["run", "{parent}", "--out", "{out}"], "--start"),
+    (["run", "{parent}", "--out", "{out}", "--start", PLAN, "--plan", PLAN], "--plan"),
+    (["run", "{parent}", "--out", "{out}", "--start", PLAN, "--remove-attention", "2"], "--remove-attention"),
+    (["run", "{parent}", "--out", "{out}", "--start", "A0F0 A9F9"], "attention 9"),
+    (["run", "{parent}", "--out", "{out}", "--start", "{short}.yaml"], "short.yaml"),
+    (["plan", "A0F0 A9F9", "--parent", "{parent}", "--out", "{out}"], "attention 9"),
+    (["plan", PLAN, "--parent", "{parent}", "--layers", "6", "--out", "{out}"], "--layers"),
+    (["plan", PLAN, "--layers", "6", "--groups", "1-2", "--out", "{out}"], "block_configs"),
+    (["plan", "{parent}", "--groups", "1-2", "--out", "{out}"], "--layers N"),
+    (["plan", "{parent}", "--layers", "6", "--groups", "1-2", "--out", "{out}"], "no plan"),
+    (["plan", "{short}", "--out", "{out}"], "not JSON"),
+    (["plan", "{empty}", "--out", "{out}"], "config.json"),
+    (["plan", PLAN, "--out", "{short}/out"], "cannot write"),
     (["run", "{parent}", "--out", "{out}", "--max-kl", "1", "--eval-text", "x", "--text", "x"], "held-out"),
     (["analyze", "{parent}", "--out", "{out}", "--device", "cuda"], "GPU"),
     (["report", "{empty}", "--out", "{out}.html"], "record"),

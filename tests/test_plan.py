@@ -13,7 +13,10 @@ from ffn_fusion.core.plan import FORMAT, Attention, Block, Ffn, Plan, contiguous
 
 @st.composite
 def plans(draw: st.DrawFn, ordered: bool = False) -> Plan:
-    """Any valid plan of up to nine layers: sublayers dropped, fused and (unless `ordered`) reordered."""
+    """Any valid plan of up to nine layers: sublayers dropped, fused and (unless `ordered`) reordered.
+
+    Attentions without FFN stand between the other blocks.
+    """
     ffns = draw(st.permutations(range(draw(st.integers(1, 9)))))
     ffns = ffns[: draw(st.integers(1, len(ffns)))]
     if ordered:
@@ -22,13 +25,18 @@ def plans(draw: st.DrawFn, ordered: bool = False) -> Plan:
     groups = [ffns[a:b] for a, b in zip([0, *cuts], [*cuts, len(ffns)], strict=True)]
     attentions = draw(st.permutations(range(1, 9)))
     kept = [draw(st.booleans()) for _ in groups]
-    if ordered:
-        attentions = [group[0] for group in groups]
-    heads = [
-        Attention(0) if i == 0 else Attention(attentions[i - 1 if not ordered else i]) if keep else None
-        for i, keep in enumerate(kept)
-    ]
-    return Plan(tuple(Block(head, tuple(map(Ffn, group))) for head, group in zip(heads, groups, strict=True)))
+    firsts = [group[0] for group in groups] if ordered else [0, *attentions]
+    heads = [Attention(0) if i == 0 else Attention(firsts[i]) if keep else None for i, keep in enumerate(kept)]
+    blocks = []
+    alone = [layer for layer in attentions if Attention(layer) not in heads]
+    for i, (head, group) in enumerate(zip(heads, groups, strict=True)):
+        blocks.append(Block(head, tuple(map(Ffn, group))))
+        end = groups[i + 1][0] if i + 1 < len(groups) else 9
+        free = [layer for layer in alone if not ordered or group[-1] < layer < end]
+        if free and draw(st.booleans()):
+            blocks.append(Block(Attention(free[0]), ()))
+            alone.remove(free[0])
+    return Plan(tuple(blocks))
 
 
 @given(plans())
@@ -79,7 +87,10 @@ def test_a_plan_can_be_read_sublayer_by_sublayer() -> None:
         ("A0F0 A1F1 A1F2", "A1 twice"),
         ("A0F0 A1F1 A2F1", "F1 twice"),
         ("A0F0 -F1+2+1", "F1 twice"),
-        ("A0F0 A1", "'A1'"),
+        ("A0F0 A", "'A'"),
+        ("A0", "at least one FFN"),
+        ("A0 A1 A2", "at least one FFN"),
+        ("A0F0 -", "'-'"),
         ("A0F0 A1F", "'A1F'"),
         ("A0F0 F1", "'F1'"),
         ("A0F0 -F1+", "'-F1+'"),
@@ -93,8 +104,34 @@ def test_what_is_no_plan_is_refused_and_named(text: str, named: str) -> None:
     one_line(lambda: Plan.parse(text), named)
 
 
-def test_a_block_without_an_ffn_is_refused() -> None:
-    one_line(lambda: Plan((Block(Attention(0), (Ffn(0),)), Block(Attention(1), ()))), "every block needs an FFN")
+def test_a_block_of_nothing_is_refused() -> None:
+    one_line(lambda: Plan((Block(Attention(0), (Ffn(0),)), Block(None, ()))), "block 1", "an attention or an FFN")
+
+
+def test_an_attention_can_stand_without_ffn() -> None:
+    plan = Plan.parse("A0F0 A1 A2F2+3 A4")
+    assert plan.blocks[1] == Block(Attention(1), ())
+    assert str(plan) == "A0F0 A1 A2F2+3 A4"
+    assert json.loads(plan.to_json())["blocks"][1] == {"attention": {"layer": 1}, "ffns": []}
+    assert plan.num_sublayers == 2 + 1 + 2 + 1
+    assert plan.blocks[1].layers == (1,)
+    assert not plan.blocks[1].is_fused
+    assert plan.is_ordered
+    assert str(plan.unfused()) == "A0F0 A1 A2F2 -F3 A4"
+
+
+def test_an_attention_without_ffn_ends_a_run() -> None:
+    plan = Plan.parse("A0F0 -F1 A2 -F3 -F4 A5 A6 -F7")
+    assert plan.runs() == [(0, 1), (3, 4)]
+    assert str(plan.fuse([3, 4])) == "A0F0 -F1 A2 -F3+4 A5 A6 -F7"
+    one_line(lambda: plan.fuse([0, 1, 3, 4]), "attention 2 stands between")
+    one_line(lambda: plan.fuse([4, 7]), "attention 5 stands between")
+
+
+def test_removing_the_attention_of_a_block_that_has_nothing_else_removes_the_block() -> None:
+    plan = Plan.parse("A0F0 -F1 A2 -F3")
+    assert str(plan.without_attention([2])) == "A0F0 -F1 -F3"
+    assert plan.without_attention([2]).runs() == [(0, 1, 3)]
 
 
 @pytest.mark.parametrize(
@@ -193,6 +230,11 @@ def test_a_plan_that_names_layers_in_rising_order_is_ordered(plan: Plan) -> None
         ("A0F1+0", False),
         ("A0F0 A1F3 -F2", False),
         ("A0F0 A1F2 A2F3", False),
+        ("A0F0 A1 A2F2", True),
+        ("A0 A1F2 A3", True),
+        ("A0F0 A2 A1F1", False),
+        ("A0F0 A1F3 A2", False),
+        ("A0F0 A1 -F1", False),
     ],
 )
 def test_order_is_that_of_all_source_layers(text: str, expected: bool) -> None:

@@ -130,7 +130,13 @@ def test_a_plan_is_read_from_text_or_file(tmp_path: Path) -> None:
     plan = Plan.parse("A0F0 A1F1+2")
     path = tmp_path / "plan.json"
     path.write_text(plan.to_json())
-    assert read_plan(str(path)) == read_plan("A0F0 A1F1+2") == plan
+    assert read_plan(str(path), 3) == read_plan("A0F0 A1F1+2", 3) == plan
+    assert read_plan(str(tmp_path), 3) == plan
+
+
+def test_a_plan_longer_than_a_file_name_may_be_is_read_as_text() -> None:
+    plan = Plan.identity(126)
+    assert read_plan(str(plan), 126) == plan
 
 
 def test_a_broken_gguf_file_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from ffn_fusion.errors import UserError
 
 FORMAT = "ffn-fusion-plan/1"
-_BLOCK = re.compile(r"(?:A(?P<attention>\d+)|-)F(?P<ffns>\d+(?:\+\d+)*)")
+_BLOCK = re.compile(r"(?:A(?P<attention>\d+)|-(?=F))(?:F(?P<ffns>\d+(?:\+\d+)*))?")
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Ffn:
 class Block:
     """One residual block: an optional attention, then its FFNs side by side on one shared input.
 
-    Two or more FFNs are one wide FFN (FFN Fusion, Theorem 3.1).
+    Two or more FFNs are one wide FFN (FFN Fusion, Theorem 3.1); a block without any is an attention alone.
     """
 
     attention: Attention | None
@@ -53,7 +53,7 @@ class Block:
 
     def __str__(self) -> str:
         head = f"A{self.attention.layer}" if self.attention else "-"
-        return f"{head}F{'+'.join(str(ffn.layer) for ffn in self.ffns)}"
+        return head + ("F" + "+".join(str(ffn.layer) for ffn in self.ffns) if self.ffns else "")
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,11 @@ class Plan:
             twice = sorted({layer for layer in layers if layers.count(layer) > 1})
             if twice:
                 raise UserError(f"a plan names each sublayer once, found {kind}{twice[0]} twice")
-        for block in self.blocks:
-            if not block.ffns:
-                raise UserError(f"every block needs an FFN (some engines drop an attention without one): '{block}'")
+        empty = next((at for at, block in enumerate(self.blocks) if not block.layers), None)
+        if empty is not None:
+            raise UserError(f"every block needs an attention or an FFN; block {empty} has neither, leave it out")
+        if not self.ffn_layers:
+            raise UserError(f"a plan needs at least one FFN, found '{self}'")
 
     @classmethod
     def identity(cls, num_layers: int) -> "Plan":
@@ -85,14 +87,14 @@ class Plan:
 
     @classmethod
     def parse(cls, text: str) -> "Plan":
-        """Read the one-line form, such as ``A0F0 A1F1 -F2+3 A4F4`` (``-`` stands for a removed attention)."""
+        """Read the one-line form, such as ``A0F0 A1F1 -F2+3 A4`` (``-`` is a removed attention, A4 one without FFN)."""
         blocks = []
         for word in text.split():
             match = _BLOCK.fullmatch(word)
             if match is None:
-                raise UserError(f"'{word}' is no block of a plan; blocks look like A3F3, -F4 or -F5+6")
+                raise UserError(f"'{word}' is no block of a plan; blocks look like A3F3, -F4, -F5+6 or A7")
             attention = match["attention"]
-            ffns = tuple(Ffn(int(layer)) for layer in match["ffns"].split("+"))
+            ffns = tuple(Ffn(int(layer)) for layer in match["ffns"].split("+")) if match["ffns"] else ()
             blocks.append(Block(Attention(int(attention)) if attention else None, ffns))
         return cls(tuple(blocks))
 
@@ -148,8 +150,11 @@ class Plan:
 
     @property
     def num_sublayers(self) -> int:
-        """Sequential sublayers; under tensor parallelism each ends in one all-reduce."""
-        return len(self.blocks) + len(self.attention_layers)
+        """Sequential sublayers; under tensor parallelism each ends in one all-reduce.
+
+        An attention alone counts as one, though the student on disk has an FFN of zeros behind it (hf/surgery.py).
+        """
+        return sum((block.attention is not None) + bool(block.ffns) for block in self.blocks)
 
     @property
     def is_ordered(self) -> bool:
@@ -160,16 +165,15 @@ class Plan:
         )
 
     def without_attention(self, layers: Collection[int]) -> "Plan":
-        """The plan with the attention of these source layers removed."""
+        """The plan with the attention of these source layers removed, and with it a block that was nothing else."""
         missing = sorted(set(layers) - set(self.attention_layers))
         if missing:
             raise UserError(f"cannot remove the attention of layer {missing[0]}: the plan has none there")
-        return Plan(
-            tuple(
-                Block(None, block.ffns) if block.attention and block.attention.layer in layers else block
-                for block in self.blocks
-            )
-        )
+        kept = [
+            Block(None, block.ffns) if block.attention and block.attention.layer in layers else block
+            for block in self.blocks
+        ]
+        return Plan(tuple(block for block in kept if block.layers))
 
     def fuse(self, layers: Sequence[int]) -> "Plan":
         """The plan with the FFNs of these source layers fused into one.

@@ -52,17 +52,23 @@ class Streams:
     """None while the student is still equal to its parent."""
 
 
-def blocks_to_fit(plan: Plan, num_layers: int, target: str) -> list[int]:
-    """Blocks that differ from the parent's, or are followed by a dropped layer; for "unfused" the fused ones only."""
+def blocks_to_fit(plan: Plan, parent: Plan, target: str) -> list[int]:
+    """Blocks with an FFN whose part of the parent is not what they are; for "unfused" the fused ones only.
+
+    A block answers for the parent's sublayers from the end of the last block with an FFN to its own end: for layers
+    dropped behind it, and for an attention without FFN in front of it, which has nothing to fit.
+    """
     if target == "unfused":
         return [index for index, block in enumerate(plan.blocks) if block.is_fused]
-    ends = _ends(plan, num_layers)
-    starts = [0, *ends]
-    return [
-        index
-        for index, block in enumerate(plan.blocks)
-        if block.attention is None or block.is_fused or ends[index] - starts[index] > 1
-    ]
+    ends = _ends(plan, parent.blocks[-1].layers[-1] + 1)
+    found, start, first = [], 0, 0
+    for index, block in enumerate(plan.blocks):
+        if block.ffns:
+            theirs = [held for held in parent.blocks if start <= held.layers[0] < ends[index]]
+            if theirs != list(plan.blocks[first : index + 1]):
+                found.append(index)
+            start, first = ends[index], index + 1
+    return found
 
 
 def _ends(plan: Plan, num_layers: int) -> list[int]:
@@ -94,7 +100,7 @@ class Calibration:
         self._parent_shell = skeleton(parent.config)
         self._student_shell = skeleton(student_config(parent, plan))
         self._ends = _ends(plan, parent.num_layers)
-        self.to_fit = blocks_to_fit(plan, parent.num_layers, self.target)
+        self.to_fit = blocks_to_fit(plan, parent.plan, self.target)
 
     def output_name(self, block: int) -> str:
         """Name of the tensor that a fit of this block replaces."""

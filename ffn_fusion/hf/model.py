@@ -14,6 +14,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from ffn_fusion.core.fusion import padded_width
+from ffn_fusion.core.imports import BLOCK_CONFIGS, portable_blocks
 from ffn_fusion.core.plan import Attention, Block, Ffn, Plan
 from ffn_fusion.errors import UserError
 from ffn_fusion.hf.arch import ARCHS, Arch, arch_of, why_not_decilm
@@ -57,8 +58,9 @@ class ModelFolder:
         if self.raw_config.get("quantization_config"):
             raise UserError(f"{self.folder} is quantised; fuse the unquantised checkpoint and quantise the student")
         config_class = model_class(self.arch).config_class
-        if "block_configs" in raw:
+        if raw.get(BLOCK_CONFIGS) is not None:
             raw = {name: value for name, value in raw.items() if value is not None}
+            raw[BLOCK_CONFIGS] = portable_blocks(raw)
             return _build_config(config_class, raw, self.folder)
         config = _build_config(config_class, raw, self.folder)
         group = config.num_attention_heads // config.num_key_value_heads
@@ -202,7 +204,8 @@ def _attention_entry(block: Block, source: Any) -> dict[str, Any]:
 
 
 def _ffn_entry(width: int, hidden_size: int) -> dict[str, Any]:
-    padded = padded_width(width, student_config_file.WIDTH_MULTIPLE)
+    # An attention without FFN gets one of zeros (hf/surgery.py), so no width is 0.
+    padded = padded_width(max(width, 1), student_config_file.WIDTH_MULTIPLE)
     mult = 1.5 * padded / hidden_size
     assert student_config_file.width_of(mult, hidden_size) == padded
     return {"no_op": False, "replace_with_linear": False, "ffn_mult": mult, "sparsify": None}

@@ -27,9 +27,9 @@ class Pass:
     logits: Tensor
 
     def contribution(self, layer: int) -> Tensor:
-        """What the layer adds to the stream, in float32: the sum of its sublayers' outputs."""
+        """What the layer adds to the stream, in float32: the sum of its sublayers' outputs, zeros if it has none."""
         found = [self.outputs[layer, part].float() for part in SUBLAYERS if (layer, part) in self.outputs]
-        return torch.stack(found).sum(0)
+        return torch.stack(found).sum(0) if found else torch.zeros_like(self.streams[layer], dtype=torch.float32)
 
 
 @torch.no_grad()

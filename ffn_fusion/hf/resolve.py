@@ -1,20 +1,26 @@
 """What a user names → what the stages work on: a checked model folder, its tokenizer, a plan."""
 
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerBase
 
+from ffn_fusion.core.imports import Group, Layout, config_plan, mergekit_plan
 from ffn_fusion.core.plan import Plan
 from ffn_fusion.errors import UserError
 from ffn_fusion.hf.builtin import MODELS, PREFIX, cache_folder, fetch_model, new_folder
-from ffn_fusion.hf.model import ModelFolder, quiet_transformers
+from ffn_fusion.hf.checkpoint import read_json
+from ffn_fusion.hf.model import PLAN_FILE, ModelFolder, quiet_transformers
 
+YAML = (".yaml", ".yml")
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "LICENSE*"]
 
 
@@ -61,13 +67,52 @@ def load_tokenizer(model: ModelFolder, trust_remote_code: bool = False) -> PreTr
     return tokenizer
 
 
-def read_plan(text: str) -> Plan:
-    """A plan from its one-line text or from a plan file."""
-    if Path(text).is_file():
-        return Plan.from_json(Path(text).read_text(encoding="utf-8"))
-    if text.endswith(".json"):
-        raise UserError(f"{text} does not exist")
-    return Plan.parse(text)
+def read_plan(text: str, num_layers: int) -> Plan:
+    """A plan for a parent of `num_layers` layers, in any of the forms of docs/formats.md."""
+    return read_source(text, num_layers)[0]
+
+
+def read_source(text: str, num_layers: int | None, groups: Sequence[Group] = ()) -> tuple[Plan, Layout | None]:
+    """A plan in one line or in a file, another tool's included, and the layout if the file has `block_configs`.
+
+    A folder stands for its plan.json, else for its config.json. `groups` names the fused FFNs of `block_configs`.
+    Raises `UserError`, with the file's name, for what is no plan or none for `num_layers` layers (if not None).
+    """
+    path = Path(text).expanduser()
+    # Not `Path.is_file`: it raises for a one-line plan longer than a file name may be.
+    if os.path.isdir(path):
+        path = path / (PLAN_FILE if (path / PLAN_FILE).is_file() else "config.json")
+    elif not os.path.isfile(path):
+        if text.endswith((".json", *YAML)):
+            raise UserError(f"{text} does not exist")
+        _refuse_groups(groups)
+        return Plan.parse(text), None
+    data = _read_yaml(path) if path.suffix in YAML else read_json(path)
+    try:
+        if path.suffix in YAML:
+            _refuse_groups(groups)
+            return mergekit_plan(data, num_layers), None
+        if "format" in data or "blocks" in data:
+            _refuse_groups(groups)
+            return Plan.from_json(path.read_text(encoding="utf-8")), None
+        return config_plan(data, num_layers, groups)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _refuse_groups(groups: Sequence[Group]) -> None:
+    if groups:
+        raise UserError("--groups names the fused FFNs of block_configs; this is another form of plan")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path} holds no YAML mapping")
+    return data
 
 
 def _builtin(name: str) -> Path:

@@ -129,7 +129,7 @@ Made by ffn-fusion: attention layers removed, runs of FFNs fused into one.
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER", trust_remote_code=True)
 ```
 
 `record.json` holds how it was made. The model inherits its parent's licence and limits.

@@ -54,7 +54,7 @@ def block_recipes(block: Block, source: Source, arch: Arch, norm: Norm) -> dict[
     if block.attention:
         for part in (ATTENTION_NORM, ATTENTION):
             recipes |= _copies(source, LAYER.format(block.attention.layer), part)
-    return recipes | _FfnRecipes(block, source, arch, norm).all()
+    return recipes | (_FfnRecipes(block, source, arch, norm).all() if block.ffns else _zero_ffn(source, arch))
 
 
 def _copies(source: Source, prefix: str, part: str) -> dict[str, Recipe]:
@@ -64,6 +64,33 @@ def _copies(source: Source, prefix: str, part: str) -> dict[str, Recipe]:
 
 def _copy(source: Source, name: str) -> Recipe:
     return Recipe(source.specs[name], (name,), lambda: source.read(name))
+
+
+def _zero_ffn(source: Source, arch: Arch) -> dict[str, Recipe]:
+    """The narrowest FFN of the layout, all zeros behind a neutral norm: what follows an attention without FFN.
+
+    llama.cpp leaves out an attention that has no FFN behind it, without a word, so every block gets one.
+    """
+    output = f"{FFN}.{arch.output}.weight"
+    # Which projections have a bias, and their dtypes, are the same in every layer that has an FFN.
+    like = next(name.removesuffix(output) for name in source.specs if name.endswith(output))
+    recipes = {}
+    for part in (FFN_NORM, FFN):
+        for name in _copies(source, like, part):
+            spec = source.specs[like + name]
+            value = 1.0 - arch.norm_offset if name == f"{FFN_NORM}.weight" else 0.0
+            spec = spec._replace(shape=_narrowed(name, spec.shape, arch))
+            recipes[name] = Recipe(spec, (), partial(torch.full, spec.shape, value, dtype=spec.dtype))
+    return recipes
+
+
+def _narrowed(name: str, shape: tuple[int, ...], arch: Arch) -> tuple[int, ...]:
+    """Shape of a tensor of an FFN or its norm when the FFN has the least width: [d, h] down, [h, d] or [h] up."""
+    if name == f"{FFN}.{arch.output}.weight":
+        return shape[0], WIDTH_MULTIPLE
+    if name.startswith(tuple(f"{FFN}.{into}." for into in arch.inputs)):
+        return arch.parts * WIDTH_MULTIPLE, *shape[1:]
+    return shape
 
 
 class _FfnRecipes:

@@ -131,7 +131,7 @@ def _without_block(model: PreTrainedModel, ids: Tensor, clean: Pass, layer: int,
 
     def visit(j: int, part: str, output: Tensor) -> None:
         seen[j] = seen[j] + output.float() if j in seen else output.float()
-        if part == FFN:
+        if part == FFN or (j, FFN) not in clean.outputs:
             sums.block[layer, j] += float(cosine_distance(seen.pop(j), clean.contribution(j)).sum())
 
     if layer + 1 < len(model.model.layers):

@@ -40,14 +40,14 @@ def fuse(
     model
         Parent: folder, GGUF file, Hub id or builtin:smollm2-135m.
     plan
-        One-line text or plan.json.
+        One-line text, plan.json, or another tool's: config.json with drop lists or block_configs, mergekit YAML.
     out
         New student folder.
     fit_windows
         Windows of text to fit on; one in eight of them is held out to choose the regularisation.
     """
     parent = resolve_model(model)
-    wanted = read_plan(plan)
+    wanted = read_plan(plan, parent.num_layers)
     parent.check_plan(wanted)
     dtype = pick_dtype(machine, parent.checkpoint)
     sample = None

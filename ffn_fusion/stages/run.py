@@ -10,14 +10,14 @@ from ffn_fusion.core.plan import Plan
 from ffn_fusion.errors import UserError
 from ffn_fusion.hf.machine import pick_device, pick_dtype
 from ffn_fusion.hf.model import ModelFolder
-from ffn_fusion.hf.resolve import read_plan, resolve_model
+from ffn_fusion.hf.resolve import resolve_model
 from ffn_fusion.settings import Budget, Fusion, Machine, Positive, Text, TwoOrMore
 from ffn_fusion.stages.analyze import analyze
 from ffn_fusion.stages.bench import bench
 from ffn_fusion.stages.evaluate import HELD_OUT, evaluate
 from ffn_fusion.stages.fuse import fuse
 from ffn_fusion.stages.report import report
-from ffn_fusion.stages.search import search
+from ffn_fusion.stages.search import given_plans, search
 
 PLAIN = Fusion(calibrate="none")
 
@@ -27,6 +27,7 @@ def run(
     *,
     out: Path,
     plan: str | None = None,
+    start: str | None = None,
     windows: Positive = 8,
     fit_windows: TwoOrMore = 64,
     eval_text: tuple[str, ...] = HELD_OUT.text,
@@ -40,8 +41,8 @@ def run(
 ) -> str:
     """Turn a model into a fused one: analyze, search, fuse, eval, bench and report, with one dial.
 
-    The dial is --max-kl, --remove-attention or --plan. Stages that are done are not done again; the student is in
-    OUT/student, the page is OUT/report.html.
+    The dial is --max-kl, --remove-attention, --plan or --start. Stages that are done are not done again; the
+    student is in OUT/student, the page is OUT/report.html.
 
     Parameters
     ----------
@@ -50,7 +51,9 @@ def run(
     out
         Folder for everything.
     plan
-        A plan to build instead of searching: its one-line text or a plan.json.
+        A plan to build instead of searching, in any form that `fuse` reads.
+    start
+        A plan to begin the search with in place of removing attentions, such as another tool's.
     windows
         Windows of calibration text that scores are measured on.
     fit_windows
@@ -64,15 +67,12 @@ def run(
     dry_run
         Print what it will cost and stop.
     """
-    if plan is None and budget.remove_attention is None and budget.max_kl is None:
-        raise UserError("turn the dial: --max-kl X, --remove-attention N, or --plan 'A0F0 ...'")
     if set(eval_text) & set(text.text):
         raise UserError(
             f"{', '.join(set(eval_text) & set(text.text))} is both calibration and held-out text; choose two"
         )
     parent = resolve_model(model)
-    if plan is not None:
-        parent.check_plan(read_plan(plan))
+    given_plans(parent, plan, start, budget)
     if dry_run:
         return forecast(parent, windows, fit_windows, text, eval_windows, steps, machine)
     analyze(model, out=out / "analysis", windows=windows, text=text, machine=machine)
@@ -81,6 +81,7 @@ def run(
         analysis=out / "analysis",
         out=out / "search",
         plan=plan,
+        start=start,
         windows=windows,
         budget=budget,
         fit_windows=min(16, fit_windows),

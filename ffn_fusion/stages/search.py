@@ -13,7 +13,7 @@ from ffn_fusion.errors import UserError
 from ffn_fusion.folder import Environment, Record, StageFolder, read_record, run_stage, write_atomically
 from ffn_fusion.hf.machine import device_map, pick_dtype, where
 from ffn_fusion.hf.meter import Meter
-from ffn_fusion.hf.model import PLAN_FILE
+from ffn_fusion.hf.model import PLAN_FILE, ModelFolder
 from ffn_fusion.hf.resolve import load_tokenizer, read_plan, resolve_model
 from ffn_fusion.hf.text import read_windows
 from ffn_fusion.progress import track
@@ -26,6 +26,7 @@ def search(
     analysis: Path,
     out: Path,
     plan: str | None = None,
+    start: str | None = None,
     windows: Positive = 8,
     fit_windows: TwoOrMore = 16,
     budget: Budget = Budget(),  # noqa: B008, frozen
@@ -44,7 +45,9 @@ def search(
     out
         New folder; the plan is its plan.json.
     plan
-        A plan to measure instead of searching: its one-line text or a plan.json.
+        A plan to measure instead of searching, in any form that `fuse` reads.
+    start
+        A plan to begin with in place of removing attentions, in any form that `fuse` reads; FFNs are grouped anew.
     windows
         Windows of text to measure on.
     fit_windows
@@ -54,11 +57,7 @@ def search(
     analysed = read_record(analysis, AnalyzeResult).result
     if analysed.num_layers != parent.num_layers:
         raise UserError(f"{analysis} analyses a model of {analysed.num_layers} layers, {model} has {parent.num_layers}")
-    given = read_plan(plan) if plan else None
-    if given:
-        parent.check_plan(given)
-    elif budget.remove_attention is None and budget.max_kl is None:
-        raise UserError("say how far to go: --remove-attention N, --max-kl X, or --plan 'A0F0 ...'")
+    given, begun = given_plans(parent, plan, start, budget)
     tokenizer = load_tokenizer(parent, machine.trust_remote_code)
     measure = read_windows(text, tokenizer, windows, "measure")
     fit = read_windows(text, tokenizer, fit_windows, "fit")
@@ -71,6 +70,7 @@ def search(
         "budget": asdict(budget),
         "fusion": asdict(fusion),
         "dtype": str(dtype),
+        **({"start": str(begun)} if begun else {}),  # so that results from before there was one stay valid
     }
 
     def work(folder: StageFolder) -> tuple[SearchResult, Environment]:
@@ -83,12 +83,15 @@ def search(
         if given:
             unfused, found, kl = meter.plain(given.unfused()), given, measure_fused(given)
         else:
-            removals = _Removals(meter, folder)
-            start, unfused = _remove(parent.plan, analysed, removals, budget, steps)
+            if begun:
+                base, unfused = begun, meter.plain(begun)
+                steps.append(SearchStep("begin with the plan given", unfused, True))
+            else:
+                base, unfused = _remove(parent.plan, analysed, _Removals(meter, folder), budget, steps)
             widths = parent.config.ffn_widths
-            merges = propose_merges(start, analysed.ffn_dependency, widths, budget.max_fused_width, budget.skip_last)
+            merges = propose_merges(base, analysed.ffn_dependency, widths, budget.max_fused_width, budget.skip_last)
             limit = budget.max_kl if budget.max_kl is not None else unfused.mean * (1 + budget.fusion_slack)
-            found, kl = fuse_within(start, merges, measure_fused, limit, budget.trials, steps)
+            found, kl = fuse_within(base, merges, measure_fused, limit, budget.trials, steps)
         write_atomically(folder.path / PLAN_FILE, found.to_json())
         predicted = _predicted(parent.plan, found, analysed)
         calibrated = fusion.calibrate != "none"
@@ -96,6 +99,25 @@ def search(
         return result, where(machine, dtype)
 
     return run_stage("search", out, inputs, SearchResult, work)
+
+
+def given_plans(
+    parent: ModelFolder, plan: str | None, start: str | None, budget: Budget
+) -> tuple[Plan | None, Plan | None]:
+    """The plan to measure and the plan to begin with, its groups taken apart; at most one of them is not None.
+
+    `UserError` if the dial is not turned, is turned twice, or a plan does not fit the parent.
+    """
+    if start is not None and (plan is not None or budget.remove_attention is not None):
+        other = "--plan" if plan is not None else "--remove-attention"
+        raise UserError(f"--start says which attentions are removed, and so does {other}; choose one")
+    if plan is None and start is None and budget.remove_attention is None and budget.max_kl is None:
+        raise UserError("say how far to go: --max-kl X, --remove-attention N, --plan 'A0F0 ...', or --start PLAN")
+    given, begun = (None if text is None else read_plan(text, parent.num_layers) for text in (plan, start))
+    for found in (given, begun):
+        if found:
+            parent.check_plan(found)
+    return given, begun.unfused() if begun else None
 
 
 class _Removals:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 def load(model: str, options: dict[str, Any]) -> Loaded:
     dtype = getattr(torch, options.get("dtype", "float32"))
     loaded = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=True, dtype=dtype).eval()
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=True)
 
     def greedy(prompt: Any, new_tokens: int) -> tuple[list[int], np.ndarray]:
         ids = torch.tensor([list(prompt)])

@@ -6,12 +6,17 @@ from typing import Any
 import numpy as np
 from protocol import Loaded, answer
 
-# Logits are compared across processes' builds: no sampling kernels, no telemetry, no network.
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+# On a CPU the cache takes half of the memory unless told otherwise; in GB.
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 
 def load(model: str, options: dict[str, Any]) -> Loaded:
+    ranks = options.get("tensor_parallel", 1)
+    if ranks == 1:
+        # The engine in this process: a second one would import everything again.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import LLM, SamplingParams
 
     engine = LLM(
@@ -20,7 +25,7 @@ def load(model: str, options: dict[str, Any]) -> Loaded:
         dtype=options.get("dtype", "float32"),
         max_model_len=options.get("max_model_len", 256),
         max_num_seqs=4,
-        tensor_parallel_size=options.get("tensor_parallel", 1),
+        tensor_parallel_size=ranks,
         enforce_eager=options.get("eager", True),
         max_logprobs=-1,
         logprobs_mode="raw_logits",

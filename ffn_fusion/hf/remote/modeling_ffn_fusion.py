@@ -60,7 +60,6 @@ class Block:
     """Forward of one block, mixed into the family's own layer class: either sublayer may be None."""
 
     residual_multiplier = 1.0
-    following_ffns: Any = ()
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         if self.self_attn is not None:
@@ -101,6 +100,7 @@ def edit_layer(layer: nn.Module, index: int, config: Any) -> None:
     stock = type(layer)
     layer.__class__ = type(stock.__name__, (Block, stock), {})
     layer.layer_idx = index
+    layer.following_ffns = nn.ModuleList()
     block = config.block_configs[index]
     if block["attention"]["no_op"]:
         layer.self_attn = layer.input_layernorm = None
@@ -116,8 +116,7 @@ def edit_layer(layer: nn.Module, index: int, config: Any) -> None:
     first, *following = (with_fields(config, intermediate_size=width) for width in config.widths_of(block))
     if first.intermediate_size != config.intermediate_size:
         layer.mlp = mlp(first)
-    if following:
-        layer.following_ffns = nn.ModuleList(Ffn(copy.deepcopy(norm), mlp(more)) for more in following)
+    layer.following_ffns.extend(Ffn(copy.deepcopy(norm), mlp(more)) for more in following)
 
 
 class Fused:

@@ -1,0 +1,125 @@
+"""`export`: student → what an engine loads, tried in that engine on request."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from ffn_fusion.core.engine_records import ExportResult
+from ffn_fusion.errors import UserError
+from ffn_fusion.export.engines import ENGINES, Installed
+from ffn_fusion.export.parallel import check_tensor_parallel
+from ffn_fusion.export.target import Target
+from ffn_fusion.export.targets import AS_IT_IS, TARGETS
+from ffn_fusion.export.verify import verify as verify_in
+from ffn_fusion.folder import RECORD, Environment, Record, StageFolder, environment, read_record, run_stage
+from ffn_fusion.hf.model import ModelFolder
+from ffn_fusion.hf.resolve import load_tokenizer, resolve_model
+from ffn_fusion.settings import Positive
+
+
+def export(
+    student: str | None = None,
+    *,
+    to: str | None = None,
+    out: Path | None = None,
+    list_: Annotated[bool, Parameter(name="--list", negative="")] = False,
+    dtype: str | None = None,
+    tensor_parallel: Positive = 1,
+    verify: bool = False,
+    engine: str | None = None,
+    engine_python: str = sys.executable,
+    untested: bool = False,
+) -> Record[ExportResult] | str:
+    """Turn a student into what an engine loads; --list shows the targets, and which of them take this student.
+
+    Parameters
+    ----------
+    student
+        Folder that `fuse` made.
+    to
+        Target: hf, folded, gguf, onnx, openvino or megatron.
+    out
+        New folder.
+    list_
+        List the targets and stop.
+    dtype
+        Of the exported weights; without it, the target's first.
+    tensor_parallel
+        Number of devices that the engine will split the model over; sizes that do not divide are refused.
+    verify
+        Run the export in its engine and compare logits and greedy tokens with the student in float32.
+    engine
+        Engine to verify in; without it, the target's first. A finished export can be verified in another one later.
+    engine_python
+        Python that has the engine, if it is not this one.
+    untested
+        Go on with an engine version outside the tested range.
+    """
+    model = resolve_model(student) if student else None
+    if list_:
+        return "\n".join(_listed(model))
+    if model is None or to is None or out is None:
+        raise UserError("say what, to which target and where: export STUDENT --to TARGET --out DIR (or --list)")
+    target = _target(to)
+    weights = _checked(model, target, dtype, tensor_parallel)
+    installed = _installed(target, engine, engine_python, untested, tensor_parallel) if verify or engine else None
+    inputs = {"model": model.fingerprint, "to": to, "dtype": weights, "tensor_parallel": tensor_parallel}
+    earlier = read_record(out, ExportResult).result.checks if (out / RECORD).is_file() else []
+
+    def work(folder: StageFolder) -> tuple[ExportResult, Environment]:
+        target.write(model, folder.path, weights)
+        size = sum(path.stat().st_size for path in folder.path.iterdir() if path.is_file())
+        checks = [check for check in earlier if installed and check.engine != installed.name]
+        if installed:
+            exact = weights in (AS_IT_IS, "f32")
+            tokenizer = load_tokenizer(model)
+            checks.append(verify_in(model, tokenizer, folder.path, installed, state=folder.state, exact=exact))
+        return ExportResult(str(student), to, weights, size, checks), environment("cpu", weights)
+
+    def whole(result: ExportResult) -> bool:
+        return installed is None or installed.name in [check.engine for check in result.checks]
+
+    return run_stage("export", out, inputs, ExportResult, work, whole)
+
+
+def _listed(student: ModelFolder | None) -> Iterator[str]:
+    for target in TARGETS.values():
+        tried, read = ", ".join(target.engines), ", ".join(target.read_by)
+        about = [f"dtype {', '.join(target.dtypes)}"]
+        about += [f"run in {tried}"] if tried else []
+        about += [f"said to load in {read}"] if read else []
+        if student:
+            reason = target.why_not(student)
+            about.append(f"not for {student.folder}: {reason}" if reason else f"takes {student.folder}")
+        yield "\n".join([f"{target.name:9} {target.help}", *(f"{'':9} {line}" for line in about)])
+
+
+def _target(name: str) -> Target:
+    if name not in TARGETS:
+        raise UserError(f"there is no target {name!r}; there are {', '.join(TARGETS)}")
+    return TARGETS[name]
+
+
+def _checked(student: ModelFolder, target: Target, dtype: str | None, tensor_parallel: int) -> str:
+    """The dtype to export in; `UserError` for what the target or its engines cannot take."""
+    reason = target.why_not(student)
+    if reason:
+        raise UserError(f"{student.folder} cannot be exported to {target.name}: {reason}")
+    if dtype is not None and dtype not in target.dtypes:
+        raise UserError(f"{target.name} is not written in {dtype!r}; there are {', '.join(target.dtypes)}")
+    check_tensor_parallel(student, tensor_parallel)
+    return dtype or target.dtypes[0]
+
+
+def _installed(target: Target, name: str | None, python: str, untested: bool, tensor_parallel: int) -> Installed:
+    """The engine to verify in; `UserError` if it does not read the target or is not there."""
+    if not target.engines:
+        raise UserError(f"no engine that reads {target.name} can be run here, so it cannot be verified")
+    if name is not None and name not in target.engines:
+        raise UserError(f"{target.name} is not verified in {name!r}; there are {', '.join(target.engines)}")
+    engine = ENGINES[name or target.engines[0]]
+    options = {"tensor_parallel": tensor_parallel} if tensor_parallel > 1 else {}
+    return Installed(engine, python, engine.version(python, untested), options)

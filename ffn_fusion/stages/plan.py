@@ -1,0 +1,88 @@
+"""`plan`: what a plan says, our own or another tool's, and its plan.json."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from ffn_fusion.core.imports import Layout, is_changed, parse_group
+from ffn_fusion.core.plan import Plan, contiguous
+from ffn_fusion.errors import UserError
+from ffn_fusion.folder import write_atomically
+from ffn_fusion.hf.model import ModelFolder
+from ffn_fusion.hf.resolve import read_source, resolve_model
+from ffn_fusion.settings import Positive
+
+
+def plan(
+    source: str,
+    *,
+    parent: str | None = None,
+    layers: Positive | None = None,
+    groups: tuple[str, ...] = (),
+    out: Path | None = None,
+) -> str:
+    """Say what a plan holds, and write it as plan.json.
+
+    Parameters
+    ----------
+    source
+        One-line text, plan.json, config.json with drop lists or block_configs, mergekit YAML, or a model folder.
+    parent
+        The model that the plan is for; its layers are compared with the plan's.
+    layers
+        Layers of the parent, where the parent itself is not at hand.
+    groups
+        Source layers of a fused FFN of block_configs, such as 66-73; give the option again for each.
+    out
+        New plan.json.
+    """
+    if parent is not None and layers is not None:
+        raise UserError("--parent and --layers both say how many layers the parent has; choose one")
+    if out is not None and out.exists():
+        raise UserError(f"{out} exists; choose another --out")
+    if groups and parent is None and layers is None:
+        raise UserError("--groups needs the parent's layers: add --parent MODEL or --layers N")
+    held = resolve_model(parent) if parent is not None else None
+    num_layers = held.num_layers if held else layers
+    folder = ModelFolder(Path(source).expanduser())
+    if _is_ordinary(folder) and not groups:
+        found, layout = folder.plan, None
+    else:
+        found, layout = read_source(source, num_layers, tuple(map(parse_group, groups)))
+    if held:
+        held.check_plan(found)
+    if out is not None:
+        _write(found, out)
+    return "\n".join(_lines(found, layout))
+
+
+def _is_ordinary(model: ModelFolder) -> bool:
+    """Whether this is the folder of a model that is nobody's plan: it stands for itself."""
+    is_model = os.path.isfile(model.folder / "config.json")
+    return is_model and not model.is_student and not is_changed(model.raw_config)
+
+
+def _write(plan: Plan, out: Path) -> None:
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(out, plan.to_json())
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}") from None
+
+
+def _lines(plan: Plan, layout: Layout | None) -> Iterator[str]:
+    yield str(plan)
+    layers = {layer for block in plan.blocks for layer in block.layers}
+    yield (
+        f"{len(layers)} source layers, {len(plan.blocks)} blocks, {len(plan.attention_layers)} attentions, "
+        f"{sum(bool(block.ffns) for block in plan.blocks)} FFNs, {plan.num_sublayers} sequential sublayers, "
+        f"fused groups: {'; '.join(map(contiguous, plan.groups)) or 'none'}"
+    )
+    if layout:
+        widths = [block.ffn_width for block, ours in zip(layout.blocks, plan.blocks, strict=True) if ours.is_fused]
+        shown = f"fused FFNs {', '.join(f'{width:,}' for width in widths)} wide" if widths else ""
+        shown = shown or f"widest FFN {max(block.ffn_width for block in layout.blocks):,}"
+        yield (
+            f"{layout.num_slots} slots, {layout.num_padding} of them padding, "
+            f"{layout.num_parameters / 1e9:.1f} B parameters, {shown}"
+        )

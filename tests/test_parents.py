@@ -21,8 +21,11 @@ from ffn_fusion.hf.meter import Meter
 from ffn_fusion.hf.model import ModelFolder, student_config
 from ffn_fusion.hf.probe import record
 from ffn_fusion.hf.student import write_student
-from ffn_fusion.settings import Fusion, Machine, Text
+from ffn_fusion.settings import Budget, Fusion, Machine, Text
 from ffn_fusion.stages.analyze import analyze
+from ffn_fusion.stages.bench import bench
+from ffn_fusion.stages.fuse import fuse
+from ffn_fusion.stages.search import search
 
 HEADS, HEAD_DIM = 4, 16
 BLOCKS = [(2, 96), (1, 256), (0, 0), (4, 0), (0, 512), (0, 256), (1, 0), (2, 768)]
@@ -235,6 +238,24 @@ def test_a_fit_on_an_uneven_parent_streams_as_the_model_does(puzzled: ModelFolde
     *_, (_, _, state) = calibration.run(ids)
     model = puzzled.load(torch.float32, "cpu")
     torch.testing.assert_close(state.parent, record(model, ids).streams[-1], rtol=1e-4, atol=1e-4)
+
+
+def test_an_uneven_parent_goes_through_search_fuse_and_bench(puzzled: ModelFolder, tmp_path: Path) -> None:
+    name, machine = str(puzzled.folder), Machine(dtype="fp32")
+    text = Text(text=(str(write_text(tmp_path, "text", 0, documents=200)),), length=24)
+    analyze(name, out=tmp_path / "a", windows=2, text=text, machine=machine)
+    options: dict[str, Any] = {"windows": 2, "fit_windows": 8, "text": text, "machine": machine}
+    budget = Budget(remove_attention=3, fusion_slack=1e9)
+    found = search(name, analysis=tmp_path / "a", out=tmp_path / "s", budget=budget, **options).result
+    plan = Plan.parse(found.plan)
+    assert plan.ffn_layers == puzzled.plan.ffn_layers, "only attentions are removed"
+    assert len(plan.attention_layers) == 2
+    assert plan.runs() == plan.groups, "with no limit every run is one FFN"
+    fuse(name, plan=found.plan, out=tmp_path / "student", fit_windows=8, text=text, machine=machine)
+    rows = bench(name, str(tmp_path / "student"), out=tmp_path / "b", new_tokens=2, repeats=1, machine=machine)
+    counted = rows.result.models
+    assert counted[0].num_sublayers == puzzled.plan.num_sublayers
+    assert counted[0].kv_bytes_per_token == 2 * HEAD_DIM * 4 * (2 + 1 + 4 + 1 + 2)
 
 
 def test_an_uneven_parent_can_be_analysed(puzzled: ModelFolder, tmp_path: Path) -> None:

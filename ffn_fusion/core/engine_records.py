@@ -1,5 +1,6 @@
 """Results of the stages that meet engines: `export` and `speculate`."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ class EngineCheck:
 
     engine: str
     version: str
-    options: dict[str, Any]
+    options: Mapping[str, Any]
     num_prompts: int
     num_tokens: int
     max_logit_error: float
@@ -98,8 +99,8 @@ class SpeculateResult:
     def summary(self) -> str:
         tokens = self.num_prompts * self.new_tokens
         return (
-            f"{self.target} with {self.draft} drafting {self.draft_tokens} tokens a round, {self.engine} {self.version}\n"
-            f"{self.acceptance:.1%} of {self.proposed:,} proposals accepted, {self.tokens_per_round:.2f} tokens a round\n"
+            f"{self.target} with draft {self.draft}, {self.draft_tokens} tokens a round, {self.engine} {self.version}\n"
+            f"{self.acceptance:.1%} of {self.proposed:,} proposals accepted, {self.tokens_per_round:.2f} tokens gained a round\n"
             f"{tokens / self.plain_seconds:.1f} tokens/s without, {tokens / self.drafted_seconds:.1f} with the draft: "
             f"{self.speedup:.2f}x\n"
             f"output the same on {self.equal_prompts} of {self.num_prompts} prompts, {self.new_tokens} tokens each"

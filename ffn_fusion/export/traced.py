@@ -108,7 +108,7 @@ class Traced(nn.Module):
 
 
 def program(traced: Traced, beams: bool) -> ExportedProgram:
-    """The graph, every batch and length free; with the input `beam_idx` (int32) where `beams`."""
+    """The graph, every batch and length free; with `beam_idx`, int32 as OpenVINO's pipelines feed it, where `beams`."""
     # No size of the example is 0 or 1 or equals another: those would be taken for constants of the graph.
     batch, past, new = 2, 3, 5
     dtype = traced.model.dtype

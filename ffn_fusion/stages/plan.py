@@ -80,7 +80,7 @@ def _lines(plan: Plan, layout: Layout | None) -> Iterator[str]:
     )
     if layout:
         widths = [block.ffn_width for block, ours in zip(layout.blocks, plan.blocks, strict=True) if ours.is_fused]
-        shown = f"fused FFNs {', '.join(f'{width:,}' for width in widths)} wide" if widths else ""
+        shown = f"fused FFNs {'; '.join(f'{width:,}' for width in widths)} wide" if widths else ""
         shown = shown or f"widest FFN {max(block.ffn_width for block in layout.blocks):,}"
         yield (
             f"{layout.num_slots} slots, {layout.num_padding} of them padding, "

@@ -5,6 +5,7 @@ may lack this package. Each request holds `model`, `prompts` (token ids), `texts
 (the npz file to write) and `options` of the engine.
 """
 
+import gc
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -38,3 +39,6 @@ def answer(load: Callable[[str, dict[str, Any]], Loaded]) -> None:
         arrays["tokens"] = np.array([tokens for tokens, _ in decoded], dtype=np.int64)
         arrays["logits"] = np.stack([logits for _, logits in decoded]).astype(np.float32)
         np.savez(request["answer"], **arrays)  # type: ignore[arg-type]
+        # Engines that go take what is global with them, so this one goes before the next one comes.
+        del loaded
+        gc.collect()

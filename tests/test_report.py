@@ -6,7 +6,7 @@ import math
 import re
 import shutil
 import subprocess
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from ffn_fusion.core.records import (
 from ffn_fusion.core.stats import Estimate
 from ffn_fusion.errors import UserError
 from ffn_fusion.folder import RECORD, Environment, Record
-from ffn_fusion.stages.figures import strip
+from ffn_fusion.stages.figures import Cell, columns, strip
 from ffn_fusion.stages.report import report
 
 PLAN = "A0F0 A1F1 -F2+3+4 A5F5"
@@ -182,7 +182,7 @@ def test_each_of_several_records_is_shown_once(stages: Path, tmp_path: Path) -> 
 
 
 def test_unknown_stages_are_ignored_and_nothing_is_an_error(tmp_path: Path) -> None:
-    write(tmp_path / "work" / "other", "export", {"anything": 1})
+    write(tmp_path / "work" / "other", "another", {"anything": 1})
     with pytest.raises(UserError, match=r"no record\.json of .* found in"):
         report(tmp_path / "work", out=tmp_path / "report.html")
     with pytest.raises(UserError, match="is no folder"):
@@ -205,13 +205,58 @@ def test_broken_record_is_named(stages: Path, tmp_path: Path) -> None:
         report(stages, out=tmp_path / "report.html")
 
 
-@pytest.mark.parametrize("text", ["A0F0 A1F1 -F2+3+4 A5F5", "A0F0 A1F1 -F3 A5F4+5", "A0F0 A3F3 -F1+2 A5F5"])
+STRIPS = [
+    "A0F0 A1F1 -F2+3+4 A5F5",
+    "A0F0 A1F1 -F3 A5F4+5",
+    "A0F0 A3F3 -F1+2 A5F5",
+    "A0F0 A1 A2F2+3 A5",
+    "A0F0 A3 A1F1+2 A5 -F4",
+    "A0 A1 A2 A3 A4 A5F5",
+]
+
+
+@pytest.mark.parametrize("text", STRIPS)
 def test_strip_covers_every_place_once(text: str) -> None:
     cells = strip(Plan.parse(text), 6)
     places = [(cell.row, column) for cell in cells for column in range(cell.column, cell.column + cell.span)]
     assert sorted(places) == [(row, column) for row in (1, 2) for column in range(1, 7)]
     kept = {cell.label for cell in cells if cell.kind != "removed"}
     assert {"+".join(map(str, group)) for group in Plan.parse(text).groups} <= kept
+    attentions = [cell.label for cell in cells if cell.row == 1 and cell.kind == "kept"]
+    assert attentions == list(map(str, Plan.parse(text).attention_layers))
+
+
+def test_an_attention_without_ffn_is_one_cell_at_its_layer_and_nothing_below() -> None:
+    cells = strip(Plan.parse("A0F0 A1 A2F2+3"), 4)
+    assert Cell(1, 2, 1, "1", "kept") in cells
+    assert [cell for cell in cells if cell.row == 2] == [
+        Cell(2, 1, 1, "0", "kept"),
+        Cell(2, 3, 2, "2+3", "fused"),
+        Cell(2, 2, 1, "", "removed"),
+    ]
+
+
+def test_a_plan_out_of_order_is_as_long_as_its_blocks_those_without_ffn_included(tmp_path: Path) -> None:
+    plan = Plan.parse("A0F1 A2 A1F0 A3 A4F2+3")
+    assert columns(plan, 5) == 6
+    cells = strip(plan, 5)
+    assert [(cell.row, cell.column, cell.label) for cell in cells if cell.row == 1] == [
+        *((1, 1, "0"), (1, 2, "2"), (1, 3, "1"), (1, 4, "3"), (1, 5, "4"), (1, 6, "")),
+    ]
+    assert {(cell.column, cell.label) for cell in cells if cell.row == 2 and cell.kind == "removed"} == {
+        (2, ""),
+        (4, ""),
+    }
+    page = page_of(write(tmp_path / "s", "search", replace(search(), plan=str(plan))), out=tmp_path / "report.html")
+    assert "--columns: 6" in page
+    assert "5 blocks" in re.sub(r"\s+", " ", page)
+
+
+def test_a_plan_with_an_attention_alone_has_a_page(stages: Path, tmp_path: Path) -> None:
+    write(stages / "search2", "search", replace(search(), plan="A0F0 A1 A2F2+3"))
+    page = page_of(stages, out=tmp_path / "report.html")
+    assert "plan-2" in figures_of(page)
+    assert "<code>A0F0 A1 A2F2+3</code>" in page
 
 
 def browse(page: Path, profile: Path, *options: str) -> tuple[str, str]:

@@ -6,6 +6,9 @@ from typing import Any
 
 from ffn_fusion.core.records import Sample
 
+QUESTION = "What is the capital of France?"
+"""What an export is asked in its engine, through the chat template where there is one."""
+
 
 @dataclass(frozen=True)
 class Divergence:
@@ -93,15 +96,26 @@ class SpeculateResult:
         return 1 + self.accepted / self.rounds
 
     @property
+    def plain_speed(self) -> float:
+        """Tokens a second without the draft."""
+        return self.num_prompts * self.new_tokens / self.plain_seconds
+
+    @property
+    def drafted_speed(self) -> float:
+        """Tokens a second with it."""
+        return self.num_prompts * self.new_tokens / self.drafted_seconds
+
+    @property
     def speedup(self) -> float:
         return self.plain_seconds / self.drafted_seconds
 
     def summary(self) -> str:
-        tokens = self.num_prompts * self.new_tokens
+        accepted = f"{self.acceptance:.1%} of {self.proposed:,} proposals accepted"
+        accepted = f"{self.acceptance:.1%} of {self.proposed:,} proposals accepted"
         return (
-            f"{self.target} with draft {self.draft}, {self.draft_tokens} tokens a round, {self.engine} {self.version}\n"
-            f"{self.acceptance:.1%} of {self.proposed:,} proposals accepted, {self.tokens_per_round:.2f} tokens gained a round\n"
-            f"{tokens / self.plain_seconds:.1f} tokens/s without, {tokens / self.drafted_seconds:.1f} with the draft: "
+            f"{self.target}, {self.draft} drafting {self.draft_tokens} tokens; {self.engine} {self.version}\n"
+            f"{accepted}, {self.tokens_per_round:.2f} tokens a round\n"
+            f"{self.plain_speed:.1f} tokens/s without, {self.drafted_speed:.1f} with the draft: "
             f"{self.speedup:.2f}x\n"
             f"output the same on {self.equal_prompts} of {self.num_prompts} prompts, {self.new_tokens} tokens each"
         )

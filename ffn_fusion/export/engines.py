@@ -84,7 +84,8 @@ def _distributions(python: str) -> dict[str, str]:
         found = subprocess.run([python, "-c", _ASK], capture_output=True, text=True, check=True, timeout=120)
     except (OSError, subprocess.SubprocessError) as error:
         raise UserError(f"{python} is no Python that runs: {error}") from None
-    return {name.lower().replace("_", "-"): version for name, version in json.loads(found.stdout)}
+    # The leftovers of a broken installation have no name.
+    return {name.lower().replace("_", "-"): version for name, version in json.loads(found.stdout) if name}
 
 
 _ENGINES = (
@@ -109,6 +110,6 @@ _ENGINES = (
     Engine(
         "onnxruntime-genai", ("onnxruntime-genai",), ("0.18", "0.18"), "pip install onnxruntime-genai", "onnx_genai"
     ),
-    Engine("openvino", ("openvino",), ("2026.4", "2026.4"), "pip install openvino", "openvino"),
+    Engine("openvino", ("openvino",), ("2026.4", "2026.4"), "pip install openvino tokenizers", "openvino"),
 )
 ENGINES = {engine.name: engine for engine in _ENGINES}

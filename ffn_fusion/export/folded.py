@@ -51,6 +51,9 @@ def folded_config(student: ModelFolder) -> Any:
             fields[name] = [fields[name][block] for block in heads]
     fields["block_configs"] = [_entry(student, layer) for layer in _layers(student)]
     fields["num_hidden_layers"] = len(heads)
+    if "logits_scaling" in fields:
+        # What vLLM's backend calls Granite's divisor of the logits; it does not read the family's own name.
+        fields["logit_scale"] = 1 / fields["logits_scaling"]
     fields.pop("model_type")
     config_class = model_class(arch).config_class
     config = config_class.from_dict(fields)

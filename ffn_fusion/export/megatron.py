@@ -12,12 +12,19 @@ from typing import Any
 from ffn_fusion.hf.model import ModelFolder
 
 LAYERS = "heterogeneous.json"
+LLAMA3 = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
+"""What Megatron-Core's rope scaling has no flags for."""
 
 
 def why_not(student: ModelFolder) -> str | None:
     """Why the heterogeneous block specification has no place for this student, or None."""
     if student.arch.class_name != "DeciLMForCausalLM":
         return f"its heterogeneous layers are Llama's, and this is the layout {student.arch.class_name}"
+    rope = student.config.rope_parameters
+    if rope["rope_type"] not in ("default", "llama3"):
+        return f"it has no flags for rope type {rope['rope_type']!r}"
+    if rope["rope_type"] == "llama3" and any(rope[name] != value for name, value in LLAMA3.items()):
+        return f"its llama3 rope scaling is fixed to {', '.join(f'{name} {value}' for name, value in LLAMA3.items())}"
     return None
 
 
@@ -57,6 +64,9 @@ def _arguments(student: ModelFolder) -> Iterator[str]:
     yield f"--max-position-embeddings {config.max_position_embeddings}"
     yield "--position-embedding-type rope"
     yield f"--rotary-base {int(config.rope_parameters['rope_theta'])}"
+    if config.rope_parameters["rope_type"] == "llama3":
+        yield "--use-rope-scaling"
+        yield f"--rope-scaling-factor {config.rope_parameters['factor']}"
     yield "--normalization RMSNorm"
     yield f"--norm-epsilon {config.rms_norm_eps}"
     yield "--swiglu"

@@ -9,9 +9,9 @@ import torch
 
 from ffn_fusion.errors import UserError
 from ffn_fusion.export import traced
-from ffn_fusion.export.traced import Traced, copy_companions, program, quiet
+from ffn_fusion.export.traced import Traced, program, quiet
 from ffn_fusion.hf.checkpoint import read_json
-from ffn_fusion.hf.model import ModelFolder
+from ffn_fusion.hf.model import ModelFolder, copy_tokenizer
 
 DTYPES = ("f32", "f16")
 OPSET = 20
@@ -42,7 +42,7 @@ def write(student: ModelFolder, folder: Path, dtype: str) -> None:
     made.save(folder / "model.onnx", external_data=True)
     text = json.dumps(genai_config(student, module), indent=2)
     (folder / "genai_config.json").write_text(text, encoding="utf-8")
-    copy_companions(student.folder, folder)
+    copy_tokenizer(student.folder, folder)
 
 
 def genai_config(student: ModelFolder, module: Traced) -> dict[str, Any]:

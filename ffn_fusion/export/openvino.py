@@ -11,8 +11,8 @@ import torch
 
 from ffn_fusion.errors import UserError
 from ffn_fusion.export import traced
-from ffn_fusion.export.traced import Traced, copy_companions, program, quiet
-from ffn_fusion.hf.model import ModelFolder
+from ffn_fusion.export.traced import Traced, program, quiet
+from ffn_fusion.hf.model import ModelFolder, copy_tokenizer
 
 DTYPES = ("f32", "f16")
 
@@ -48,7 +48,7 @@ def write(student: ModelFolder, folder: Path, dtype: str) -> None:
     apply_make_stateful_transformation(graph, dict(zip(past, present, strict=True)))
     _start_empty(graph)
     openvino.save_model(graph, folder / "openvino_model.xml", compress_to_fp16=dtype == "f16")
-    copy_companions(student.folder, folder)
+    copy_tokenizer(student.folder, folder)
 
 
 def _name(ports: Sequence[Any], names: Sequence[str]) -> None:

@@ -58,7 +58,7 @@ def _llama_cpp(python: str, serving: Serving) -> list[str]:
     if serving.draft:
         raise UserError("--draft needs llama.cpp's own llama-server on the PATH: the Python server takes no draft")
     ENGINES["llama.cpp"].version(python, untested=True)
-    command = [python, "-m", "llama_cpp.server", "--model", path]
+    command = [shutil.which(python) or python, "-m", "llama_cpp.server", "--model", path]
     return command + (["--n_ctx", str(serving.max_model_len)] if serving.max_model_len else [])
 
 
@@ -76,7 +76,7 @@ SERVERS: dict[str, Callable[[str, Serving], list[str]]] = {"vllm": _vllm, "llama
 
 def _program(python: str, name: str) -> str | None:
     """An executable beside an interpreter, or on the PATH."""
-    return shutil.which(name, path=str(Path(python).parent)) or shutil.which(name)
+    return shutil.which(name, path=str(Path(shutil.which(python) or python).parent)) or shutil.which(name)
 
 
 def _missing(engine: str, python: str) -> str:

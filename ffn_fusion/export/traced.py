@@ -4,11 +4,9 @@ Caches are numbered by attention ordinal: blocks without attention have none.
 """
 
 import logging
-import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,11 +16,6 @@ from transformers import PreTrainedModel
 
 from ffn_fusion.hf.model import ModelFolder
 
-COMPANIONS = (
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*"),
-    *("generation_config.json", "LICENSE*"),
-)
-"""What travels beside a graph: all that travels with a student, but its model code."""
 RESCALED = ("dynamic", "longrope")
 """Kinds of rotary positions whose frequencies depend on the length of the text."""
 
@@ -139,9 +132,3 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
-
-
-def copy_companions(student: Path, folder: Path) -> None:
-    for pattern in COMPANIONS:
-        for path in student.glob(pattern):
-            shutil.copyfile(path, folder / path.name)

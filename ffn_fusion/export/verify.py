@@ -2,18 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ffn_fusion.core.engine_records import Divergence, EngineCheck
+from ffn_fusion.core.engine_records import QUESTION, Divergence, EngineCheck
 from ffn_fusion.errors import UserError
 from ffn_fusion.export.engines import Installed
 from ffn_fusion.hf.model import ModelFolder
 
-QUESTION = "What is the capital of France?"
 TEXTS = (
     "The quick brown fox jumps over the lazy dog, and then",
     "def fibonacci(n):\n    if n < 2:\n        return n\n    return",
@@ -50,17 +50,19 @@ def verify(
     """Compare `exported`, run in its engine, with `student` in float32.
 
     The student is given the engine's own tokens, so that each step is compared on the same prefix. Raises `UserError`
-    if the engine fails, or if an `exact` export differs by more than float32 explains.
+    if the engine fails or its logits are no numbers, or if an `exact` export differs by more than float32 explains.
     """
     prompts = _prompts(tokenizer)
     probed = _probe(installed, exported, prompts, state)
     reference = _reference(student.load(torch.float32, "cpu"), prompts, probed.tokens)
     # Engines pad the vocabulary.
     error = float(np.abs(reference - probed.logits[..., : reference.shape[-1]]).max())
-    if exact and not error < LIMIT:
+    if not isfinite(error):
+        raise UserError(f"{installed.name} {installed.version} does not compute the student: its logits are no numbers")
+    if exact and error >= LIMIT:
         raise UserError(
             f"{installed.name} {installed.version} does not compute the student: a logit differs by {error:.2g} "
-            f"(float32 explains {LIMIT:g}); nothing was exported"
+            f"(float32 explains {LIMIT:g})"
         )
     return EngineCheck(
         engine=installed.name,

@@ -23,6 +23,10 @@ from ffn_fusion.hf.remote import configuration_ffn_fusion as student_config_file
 from ffn_fusion.hf.remote import modeling_ffn_fusion as student_model_file
 
 PLAN_FILE = "plan.json"
+COMPANIONS = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*"),
+    *("generation_config.json", "LICENSE*"),
+)
 DECILM_FIELDS = (
     *("vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "hidden_act", "rms_norm_eps"),
     *("max_position_embeddings", "rope_parameters", "initializer_range", "tie_word_embeddings", "dtype"),
@@ -71,6 +75,8 @@ class ModelFolder:
     @cached_property
     def plan(self) -> Plan:
         """The model's blocks named as source layers of the folder itself: the plan that changes nothing."""
+        if any("following_ffns" in entry for entry in self.config.block_configs):
+            raise UserError(f"{self.folder} is in folded form, made for engines; use the student it was exported from")
         blocks = [
             Block(None if entry.attention.no_op else Attention(layer), () if entry.ffn.no_op else (Ffn(layer),))
             for layer, entry in enumerate(self.config.block_configs)
@@ -168,8 +174,8 @@ def student_config(parent: ModelFolder, plan: Plan) -> Any:
     widths = source.ffn_widths
     fields["block_configs"] = [
         {
-            "attention": _attention_entry(block, source),
-            "ffn": _ffn_entry(sum(widths[ffn.layer] for ffn in block.ffns), source.hidden_size),
+            "attention": attention_entry(_group(block, source)),
+            "ffn": ffn_entry(sum(widths[ffn.layer] for ffn in block.ffns), source.hidden_size),
         }
         for block in plan.blocks
     ]
@@ -198,12 +204,20 @@ def _attention_at(plan: Plan) -> list[int]:
     return layers
 
 
-def _attention_entry(block: Block, source: Any) -> dict[str, Any]:
-    group = source.block_configs[block.attention.layer].attention["n_heads_in_group"] if block.attention else None
-    return {"no_op": block.attention is None, "n_heads_in_group": group, **_NO_ATTENTION}
+def _group(block: Block, source: Any) -> int | None:
+    group: int | None = (
+        source.block_configs[block.attention.layer].attention.n_heads_in_group if block.attention else None
+    )
+    return group
 
 
-def _ffn_entry(width: int, hidden_size: int) -> dict[str, Any]:
+def attention_entry(heads_in_group: int | None) -> dict[str, Any]:
+    """One `attention` of `block_configs`, with exactly the keys that engines insist on; None: there is none."""
+    return {"no_op": heads_in_group is None, "n_heads_in_group": heads_in_group, **_NO_ATTENTION}
+
+
+def ffn_entry(width: int, hidden_size: int) -> dict[str, Any]:
+    """One `ffn` of `block_configs`; the width goes up to the next multiple of 256, which is what the layout can say."""
     # An attention without FFN gets one of zeros (hf/surgery.py), so no width is 0.
     padded = padded_width(max(width, 1), student_config_file.WIDTH_MULTIPLE)
     mult = 1.5 * padded / hidden_size
@@ -268,21 +282,17 @@ def assemble(
     return model
 
 
-def copy_companions(parent: Path, student: Path) -> None:
-    """Tokenizer, chat template and generation settings travel as they are; our two model files are added."""
-    for pattern in (
-        "tokenizer*",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "vocab.*",
-        "merges.txt",
-        "chat_template*",
-        "generation_config.json",
-        "LICENSE*",
-    ):
-        for path in parent.glob(pattern):
+def copy_tokenizer(model: Path, out: Path) -> None:
+    """Tokenizer, chat template and generation settings travel as they are."""
+    for pattern in COMPANIONS:
+        for path in model.glob(pattern):
             if path.is_file():
-                shutil.copyfile(path, student / path.name)
+                shutil.copyfile(path, out / path.name)
+
+
+def copy_companions(parent: Path, student: Path) -> None:
+    """What every student folder holds beside weights and configuration: the tokenizer and our two model files."""
+    copy_tokenizer(parent, student)
     for module in (student_config_file, student_model_file):
         path = Path(str(module.__file__))
         shutil.copyfile(path, student / path.name)

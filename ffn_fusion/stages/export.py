@@ -1,23 +1,29 @@
 """`export`: student → what an engine loads, tried in that engine on request."""
 
+import json
+import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
-from ffn_fusion.core.engine_records import ExportResult
+from ffn_fusion.core.engine_records import EngineCheck, ExportResult
 from ffn_fusion.errors import UserError
 from ffn_fusion.export.engines import ENGINES, Installed
 from ffn_fusion.export.parallel import check_tensor_parallel
 from ffn_fusion.export.target import Target
 from ffn_fusion.export.targets import AS_IT_IS, TARGETS
 from ffn_fusion.export.verify import verify as verify_in
-from ffn_fusion.folder import RECORD, Environment, Record, StageFolder, environment, read_record, run_stage
+from ffn_fusion.folder import RECORD, Environment, Record, StageFolder, environment, run_stage, write_atomically
 from ffn_fusion.hf.model import ModelFolder
 from ffn_fusion.hf.resolve import load_tokenizer, resolve_model
 from ffn_fusion.settings import Positive
+
+LATER = ".verify"
+"""Folder inside a finished export for what an engine is asked and says; it stays if the engine fails."""
 
 
 def export(
@@ -67,22 +73,34 @@ def export(
     weights = _checked(model, target, dtype, tensor_parallel)
     installed = _installed(target, engine, engine_python, untested, tensor_parallel) if verify or engine else None
     inputs = {"model": model.fingerprint, "to": to, "dtype": weights, "tensor_parallel": tensor_parallel}
-    earlier = read_record(out, ExportResult).result.checks if (out / RECORD).is_file() else []
+
+    def check(folder: Path, engine: Installed, state: Path) -> EngineCheck:
+        exact = weights in (AS_IT_IS, "f32")
+        return verify_in(model, load_tokenizer(model), folder, engine, state=state, exact=exact)
 
     def work(folder: StageFolder) -> tuple[ExportResult, Environment]:
         target.write(model, folder.path, weights)
         size = sum(path.stat().st_size for path in folder.path.iterdir() if path.is_file())
-        checks = [check for check in earlier if installed and check.engine != installed.name]
-        if installed:
-            exact = weights in (AS_IT_IS, "f32")
-            tokenizer = load_tokenizer(model)
-            checks.append(verify_in(model, tokenizer, folder.path, installed, state=folder.state, exact=exact))
+        checks = [check(folder.path, installed, folder.state)] if installed else []
         return ExportResult(str(student), to, weights, size, checks), environment("cpu", weights)
 
-    def whole(result: ExportResult) -> bool:
-        return installed is None or installed.name in [check.engine for check in result.checks]
+    record = run_stage("export", out, inputs, ExportResult, work)
+    if installed is None or installed.name in [found.engine for found in record.result.checks]:
+        return record
+    return _checked_later(record, out, lambda state: check(out, installed, state))
 
-    return run_stage("export", out, inputs, ExportResult, work, whole)
+
+def _checked_later(
+    record: Record[ExportResult], out: Path, check: Callable[[Path], EngineCheck]
+) -> Record[ExportResult]:
+    """Add the check of one more engine to a finished export, which is not written again and outlives a failure."""
+    state = out / LATER
+    state.mkdir(exist_ok=True)
+    checks = [*record.result.checks, check(state)]
+    record = replace(record, result=replace(record.result, checks=checks))
+    write_atomically(out / RECORD, json.dumps(asdict(record), indent=1))
+    shutil.rmtree(state)
+    return record
 
 
 def _listed(student: ModelFolder | None) -> Iterator[str]:
@@ -105,6 +123,8 @@ def _target(name: str) -> Target:
 
 def _checked(student: ModelFolder, target: Target, dtype: str | None, tensor_parallel: int) -> str:
     """The dtype to export in; `UserError` for what the target or its engines cannot take."""
+    # Engines size their cache by layer 0, so what is no plan of ours is no model for them either.
+    student.check_plan(student.plan)
     reason = target.why_not(student)
     if reason:
         raise UserError(f"{student.folder} cannot be exported to {target.name}: {reason}")

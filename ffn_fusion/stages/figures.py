@@ -77,21 +77,28 @@ class Cell:
 
 def strip(plan: Plan, num_layers: int) -> list[Cell]:
     """The plan as cells over the layers of its parent; a plan out of order is laid out block after block instead."""
-    cells, filled, cursor = [], set(), 0
+    cells, cursor = [], 0
     for block in plan.blocks:
         layers = [ffn.layer for ffn in block.ffns]
-        first = min(layers) if plan.is_ordered else cursor
-        span = max(layers) - min(layers) + 1 if plan.is_ordered else len(layers)
-        kind = "fused" if block.is_fused else "kept"
-        cells.append(Cell(2, first + 1, span, "+".join(map(str, layers)), kind))
-        filled |= {(2, column) for column in range(first, first + span)}
+        if layers:
+            first = min(layers) if plan.is_ordered else cursor
+            span = max(layers) - min(layers) + 1 if plan.is_ordered else len(layers)
+            cells.append(Cell(2, first + 1, span, "+".join(map(str, layers)), "fused" if block.is_fused else "kept"))
         if block.attention:
-            column = block.attention.layer if plan.is_ordered else first
+            column = block.attention.layer if plan.is_ordered else cursor
             cells.append(Cell(1, column + 1, 1, str(block.attention.layer), "kept"))
-            filled.add((1, column))
-        cursor += span
-    empty = [(row, column) for row in (1, 2) for column in range(num_layers) if (row, column) not in filled]
-    return cells + [Cell(row, column + 1, 1, "", "removed") for row, column in empty]
+        cursor += max(1, len(layers))
+    filled = {(cell.row, column) for cell in cells for column in range(cell.column, cell.column + cell.span)}
+    places = [(row, column) for row in (1, 2) for column in range(1, columns(plan, num_layers) + 1)]
+    return cells + [Cell(row, column, 1, "", "removed") for row, column in places if (row, column) not in filled]
+
+
+def columns(plan: Plan, num_layers: int) -> int:
+    """Columns of a plan's strip: the parent's layers, or more where a plan is out of order and longer.
+
+    An attention without FFN takes a column too.
+    """
+    return max(num_layers, sum(max(1, len(block.ffns)) for block in plan.blocks))
 
 
 def heatmap(name: str, matrix: Sequence[Sequence[float]], groups: Collection[tuple[int, ...]], noun: str) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from ffn_fusion.core.engine_records import ExportResult, SpeculateResult
 from ffn_fusion.core.plan import Plan
 from ffn_fusion.core.records import AnalyzeResult, BenchResult, EvalResult, FuseResult, Sample, SearchResult
 from ffn_fusion.errors import UserError
@@ -18,6 +19,8 @@ TYPES: dict[str, type[Any]] = {
     "fuse": FuseResult,
     "eval": EvalResult,
     "bench": BenchResult,
+    "export": ExportResult,
+    "speculate": SpeculateResult,
 }
 
 
@@ -52,6 +55,8 @@ class Records:
     fuse: list[Entry[FuseResult]]
     eval: list[Entry[EvalResult]]
     bench: list[Entry[BenchResult]]
+    export: list[Entry[ExportResult]]
+    speculate: list[Entry[SpeculateResult]]
 
     @property
     def entries(self) -> list[Entry[Any]]:
@@ -90,6 +95,7 @@ class Records:
         names = [e.result.model for e in self.analyze] + [e.result.parent for e in self.fuse]
         names += [s.model for e in self.eval for s in e.result.scores if s.kl is None]
         names += [m.model for e in self.bench for m in e.result.models]
+        names += [e.result.target for e in self.speculate]
         return names[0] if names else ""
 
 

@@ -9,6 +9,7 @@ from statistics import fmean
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from ffn_fusion.core.engine_records import QUESTION
 from ffn_fusion.core.plan import Plan, contiguous
 from ffn_fusion.core.records import EvalResult, ModelScore, TaskResult
 from ffn_fusion.core.scale import panels, scale
@@ -83,6 +84,7 @@ def render(records: Records) -> str:
         models=_models,
         removed=_removed(records),
         dash=NO_VALUE,
+        question=QUESTION,
         columns=_columns(records),
     )
 
@@ -204,6 +206,6 @@ def _removed(records: Records) -> set[int]:
 
 
 def _columns(records: Records) -> int:
-    """Columns of the plan strips: the parent's layers, or more where a plan is out of order and longer."""
-    longest = [len(Plan.parse(entry.result.plan).ffn_layers) for entry in records.planned]
-    return max([records.num_layers, *longest])
+    """Columns of all plan strips, so that they line up."""
+    drawn = [figures.columns(Plan.parse(entry.result.plan), records.num_layers) for entry in records.planned]
+    return max(drawn, default=records.num_layers)

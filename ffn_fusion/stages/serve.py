@@ -57,10 +57,12 @@ def serve(
     dry_run
         Show the command only.
     """
-    if not model.exists():
-        raise UserError(f"{model} does not exist")
     for path in (model, draft):
-        if path is not None and path.is_dir() and not list(path.glob("*.gguf")):
+        if path is None:
+            continue
+        if not path.exists():
+            raise UserError(f"{path} does not exist")
+        if path.is_dir() and not (engine == "llama.cpp" and list(path.glob("*.gguf"))):
             _check(resolve_model(str(path)), engine, tensor_parallel)
     serving = Serving(model, host, port, max_model_len, tensor_parallel, draft, draft_tokens, extra)
     command = server_command(engine, engine_python, serving)

@@ -13,7 +13,7 @@ from ffn_fusion.folder import Environment, Record, StageFolder, run_stage
 from ffn_fusion.hf.machine import pick_device, pick_dtype, where
 from ffn_fusion.hf.resolve import load_tokenizer, resolve_model
 from ffn_fusion.hf.text import read_windows
-from ffn_fusion.settings import Machine, Positive, Text
+from ffn_fusion.settings import Machine, Positive, Text, TwoOrMore
 
 
 def speculate(
@@ -24,7 +24,7 @@ def speculate(
     engine: Literal["transformers", "vllm"] = "transformers",
     draft_tokens: Positive = 4,
     windows: Positive = 8,
-    new_tokens: Positive = 64,
+    new_tokens: TwoOrMore = 64,
     engine_python: str = sys.executable,
     untested: bool = False,
     text: Text = Text(text=("builtin:novels",), length=64),  # noqa: B008, frozen
@@ -90,6 +90,8 @@ def speculate(
 
 def _result(target: str, draft: str, installed: Installed, sample: Sample, found: dict[str, Any]) -> SpeculateResult:
     plain, drafted = found["plain"], found["drafted"]
+    if not (found["rounds"] and found["proposed"]):
+        raise UserError(f"{installed.name} {installed.version} decoded without the draft: it counted no proposals")
     return SpeculateResult(
         target=target,
         draft=draft,

@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 import torch
 from conftest import tiny_tokenizer
 
-from ffn_fusion.hf.model import _NO_ATTENTION, PLAN_FILE, ModelFolder, _ffn_entry, copy_companions
+from ffn_fusion.hf.model import PLAN_FILE, ModelFolder, attention_entry, copy_companions, ffn_entry
 from ffn_fusion.hf.remote.configuration_ffn_fusion import DeciLMConfig
 from ffn_fusion.hf.remote.modeling_ffn_fusion import DeciLMForCausalLM
 
@@ -30,9 +30,8 @@ def layout_config(name: str, **changes: object) -> DeciLMConfig:
     """A student's configuration with the blocks of a layout; `changes` override its other fields."""
     blocks = [
         {
-            "attention": {"no_op": not kv_heads, "n_heads_in_group": HEADS // kv_heads if kv_heads else None}
-            | _NO_ATTENTION,
-            "ffn": _ffn_entry(width, HIDDEN) | ({} if width else {"no_op": True, "ffn_mult": None}),
+            "attention": attention_entry(HEADS // kv_heads if kv_heads else None),
+            "ffn": ffn_entry(width, HIDDEN) | ({} if width else {"no_op": True, "ffn_mult": None}),
         }
         for kv_heads, width in LAYOUTS[name]
     ]

@@ -18,7 +18,7 @@ from ffn_fusion.hf.model import ModelFolder
 PROMPTS = ([5, 70, 9, 33, 12, 48, 90, 61], [1, 40, 41, 42])
 NEW_TOKENS = 16
 TOLERANCE = 1e-4
-"""Largest difference of a logit in float32 for the tiny models, whose logits have a standard deviation of 1.3."""
+"""Largest difference of a logit in float32, in units of their standard deviation where that is above one."""
 
 
 def python_of(engine: str) -> str:
@@ -73,9 +73,7 @@ def _read(answer: Path, num_texts: int) -> Found:
 
 
 @torch.no_grad()
-def teacher_forced(
-    student: ModelFolder, tokens: np.ndarray, prompts: Sequence[Sequence[int]] = PROMPTS
-) -> np.ndarray:
+def teacher_forced(student: ModelFolder, tokens: np.ndarray, prompts: Sequence[Sequence[int]] = PROMPTS) -> np.ndarray:
     """The student's own logits, in float32, at each place where the engine chose one of `tokens` [prompts, new]."""
     model = student.load(torch.float32, "cpu")
     rows = []
@@ -89,9 +87,15 @@ def largest_error(found: Found, expected: np.ndarray) -> float:
     return float(np.abs(found.logits[..., : expected.shape[-1]] - expected).max())
 
 
-def assert_same(found: Found, student: ModelFolder, tolerance: float = TOLERANCE) -> None:
+def assert_same(
+    found: Found,
+    student: ModelFolder,
+    tolerance: float = TOLERANCE,
+    prompts: Sequence[Sequence[int]] = PROMPTS,
+) -> None:
     """Logits within the tolerance and every greedy token the student's own."""
-    expected = teacher_forced(student, found.tokens)
+    expected = teacher_forced(student, found.tokens, prompts)
     error = largest_error(found, expected)
-    assert error < tolerance, f"{student.folder.name}: {error:.1e}, standard deviation {expected.std():.2f}"
+    deviation = float(expected.std())
+    assert error < tolerance * max(1.0, deviation), f"{student.folder.name}: {error:.1e}, deviation {deviation:.2f}"
     assert (found.tokens == expected.argmax(-1)).all()

@@ -1,10 +1,8 @@
 """Student folders, as they are and folded, in unmodified engines: every layout, every family."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import save_tiny_parent
 from layouts import LAYOUTS, save_layout
 from running import Found, assert_same, needs, run_probe
@@ -99,7 +97,8 @@ def test_vllm_runs_every_folded_layout(students: Students, folded_in_vllm: dict[
 @pytest.mark.parametrize("family", FAMILIES)
 def test_vllm_runs_every_folded_family(family: str, folded_families: Students, tmp_path: Path) -> None:
     found = probed("vllm", "vllm", {family: folded_families[family]}, tmp_path)
-    assert_same(found[family], folded_families[family])
+    # Multipliers of embeddings and residuals make float32 noise larger than in the layouts.
+    assert_same(found[family], folded_families[family], tolerance=5e-4)
 
 
 @needs("mlx-lm")

@@ -1,10 +1,8 @@
-"""GGUF files in llama.cpp itself. FFN_FUSION_ENGINE_LLAMA_CPP names a Python that has llama-cpp-python."""
+"""GGUF files in llama.cpp itself."""
 
-import json
 import os
 import shlex
 import stat
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 from layouts import LAYOUTS, save_layout
+from running import PROMPTS, Found, assert_same, needs, python_of, run_probe, teacher_forced
 from spellings import BYTE_LEVEL, HARD_TEXTS, save_byte_level, save_sentencepiece
 from transformers import AutoTokenizer
 
-import ffn_fusion.export.probes
 from ffn_fusion.core.plan import Plan
 from ffn_fusion.export import gguf_file
 from ffn_fusion.hf.builtin import cache_folder
@@ -24,48 +22,30 @@ from ffn_fusion.hf.model import ModelFolder
 from ffn_fusion.hf.resolve import resolve_model
 from ffn_fusion.hf.student import write_student
 
-PYTHON = os.environ.get("FFN_FUSION_ENGINE_LLAMA_CPP", "")
-PROBE = Path(ffn_fusion.export.probes.__file__).with_name("llama_cpp_probe.py")
-TOLERANCE = 1e-4
-"""Largest deviation of a logit in float32, where the logits of a layout have a standard deviation of 1.3."""
-PROMPTS = [[5, 70, 9, 33, 12, 48, 90, 61], [1, 40, 41, 42]]
 PLAN = (
     "A0F0 A1F1 A2F2 A3F3 A4F4 A5F5 -F6+7 A8F8 A9F9 A10F10 A11F11 A12F12 A13F13 A14F14 A15F15 -F16+17 A18F18 A19F19+20 "
     "A21F21 A22F22 A23F23 A24F24 -F25+26 A27F27 A28F28+29"
 )
-pytestmark = pytest.mark.skipif(not PYTHON, reason="FFN_FUSION_ENGINE_LLAMA_CPP is not set")
+pytestmark = needs("llama.cpp")
 
 
-def probe(file: Path, folder: Path, prompts: Any = PROMPTS, texts: Sequence[str] = (), new_tokens: int = 12) -> Any:
-    """Tokens, logits and ids of the texts from llama.cpp."""
-    request = {"model": str(file), "prompts": prompts, "texts": list(texts), "new_tokens": new_tokens}
-    request |= {"answer": str(folder / "answer.npz"), "options": {"max_model_len": 256}}
-    (folder / "request.json").write_text(json.dumps(request))
-    run = [PYTHON, str(PROBE), str(folder / "request.json")]
-    subprocess.run(run, check=True, capture_output=True, timeout=120)
-    return np.load(folder / "answer.npz")
+def probe(
+    file: Path,
+    folder: Path,
+    prompts: Sequence[Sequence[int]] = PROMPTS,
+    texts: Sequence[str] = (),
+    new_tokens: int = 12,
+) -> Found:
+    """What llama.cpp makes of a file."""
+    return run_probe(
+        "llama.cpp", "llama_cpp", {"it": file}, folder, prompts=prompts, texts=texts, new_tokens=new_tokens
+    )["it"]
 
 
-@torch.no_grad()
-def teacher_forced(student: ModelFolder, prompts: Any, tokens: np.ndarray) -> np.ndarray:
-    """transformers' logits at each place where the engine chose one of `tokens` [prompts, new]."""
-    model = student.load(torch.float32, "cpu")
-    rows = []
-    for prompt, chosen in zip(prompts, tokens.tolist(), strict=True):
-        logits = model(input_ids=torch.tensor([[*prompt, *chosen[:-1]]])).logits[0]
-        rows.append(logits[len(prompt) - 1 :].numpy())
-    return np.stack(rows)
-
-
-def assert_same_model(student: ModelFolder, folder: Path, prompts: Any = PROMPTS) -> None:
+def assert_same_model(student: ModelFolder, folder: Path, prompts: Sequence[Sequence[int]] = PROMPTS) -> None:
     assert gguf_file.why_not(student) is None
     gguf_file.write(student, folder, "f32")
-    found = probe(folder / "model-f32.gguf", folder, prompts)
-    expected = teacher_forced(student, prompts, found["tokens"])
-    error = np.abs(found["logits"] - expected).max()
-    print(f"max logit error {error:.1e}, standard deviation {expected.std():.2f}")
-    assert error < TOLERANCE
-    assert (found["tokens"] == expected.argmax(-1)).all()
+    assert_same(probe(folder / "model-f32.gguf", folder, prompts), student, prompts=prompts)
 
 
 def tokenised(folder: Path, out: Path, texts: Sequence[str]) -> list[tuple[str, list[int], list[int]]]:
@@ -75,10 +55,7 @@ def tokenised(folder: Path, out: Path, texts: Sequence[str]) -> list[tuple[str, 
     found = probe(out / "model-f32.gguf", out, [[5]], texts, new_tokens=1)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     expected = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    pairs = [
-        (text, found[f"ids_{number}"].tolist(), ids)
-        for number, (text, ids) in enumerate(zip(texts, expected, strict=True))
-    ]
+    pairs = [(text, found.ids[number], ids) for number, (text, ids) in enumerate(zip(texts, expected, strict=True))]
     return [(text, ours, theirs) for text, ours, theirs in pairs if ours != theirs]
 
 
@@ -132,7 +109,7 @@ def test_llama_cpps_own_quantiser_makes_a_file_that_runs(tmp_path: Path, monkeyp
         "p.ftype = getattr(l, 'LLAMA_FTYPE_MOSTLY_' + sys.argv[3]); "
         "sys.exit(l.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode(), ctypes.byref(p)))"
     )
-    program.write_text(f'#!/bin/sh\nexec {shlex.quote(PYTHON)} -c {shlex.quote(code)} "$@"\n')
+    program.write_text(f'#!/bin/sh\nexec {shlex.quote(python_of("llama.cpp"))} -c {shlex.quote(code)} "$@"\n')
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
     student = ModelFolder(save_layout("ffnfree", tmp_path / "student"))
@@ -140,8 +117,8 @@ def test_llama_cpps_own_quantiser_makes_a_file_that_runs(tmp_path: Path, monkeyp
     for dtype in ("q8_0", "q6_k", "q4_k_m", "q4_0"):
         gguf_file.write(student, tmp_path, dtype)
         found = probe(tmp_path / f"model-{dtype}.gguf", tmp_path)
-        expected = teacher_forced(student, PROMPTS, found["tokens"])
-        errors[dtype] = float(np.abs(found["logits"] - expected).mean() / expected.std())
+        expected = teacher_forced(student, found.tokens)
+        errors[dtype] = float(np.abs(found.logits - expected).mean() / expected.std())
     assert errors["q8_0"] < errors["q6_k"] < errors["q4_k_m"] < errors["q4_0"] < 1
     assert not list(tmp_path.glob(".*partial"))
 
@@ -159,10 +136,9 @@ def test_a_fused_smollm2_computes_and_chats_as_in_transformers(tmp_path: Path) -
     gguf_file.write(student, tmp_path, "f32")
     texts = [text, *HARD_TEXTS]
     found = probe(tmp_path / "model-f32.gguf", tmp_path, [prompt], texts, new_tokens=24)
-    ids = [found[f"ids_{number}"].tolist() for number in range(len(texts))]
-    assert ids == [tokenizer(each, add_special_tokens=False)["input_ids"] for each in texts]
-    expected = teacher_forced(student, [prompt], found["tokens"])
+    assert found.ids == [tokenizer(each, add_special_tokens=False)["input_ids"] for each in texts]
+    expected = teacher_forced(student, found.tokens, [prompt])
     print(f"max logit error {np.abs(found['logits'] - expected).max():.1e}, standard deviation {expected.std():.2f}")
-    print(tokenizer.decode(found["tokens"][0]))
-    np.testing.assert_allclose(found["logits"], expected, atol=1e-3)
-    assert (found["tokens"] == expected.argmax(-1)).all()
+    print(tokenizer.decode(found.tokens[0]))
+    np.testing.assert_allclose(found.logits, expected, atol=1e-3)
+    assert (found.tokens == expected.argmax(-1)).all()

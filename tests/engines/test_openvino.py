@@ -1,16 +1,15 @@
-"""OpenVINO models in OpenVINO. FFN_FUSION_ENGINE_OPENVINO names a Python that has it and tokenizers."""
+"""OpenVINO models in OpenVINO."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from graphs import STUDENTS, largest_error, make_student
+from graphs import STUDENTS, assert_exported_same, make_student
+from running import needs
 
 from ffn_fusion.export import openvino
 
-RUN = (os.environ.get("FFN_FUSION_ENGINE_OPENVINO", ""), "openvino_probe.py")
-pytestmark = pytest.mark.skipif(not RUN[0], reason="FFN_FUSION_ENGINE_OPENVINO is not set")
+pytestmark = needs("openvino")
 
 
 @pytest.mark.parametrize("name", STUDENTS)
@@ -18,4 +17,4 @@ def test_the_graph_computes_what_the_student_computes(
     name: str, tiny_parent: Callable[[str], Path], tmp_path: Path
 ) -> None:
     student = make_student(name, tiny_parent, tmp_path / "student")
-    assert largest_error(openvino, student, "f32", RUN, tmp_path) < 1e-4
+    assert_exported_same(openvino, student, ("openvino", "openvino"), tmp_path)

@@ -77,13 +77,13 @@ class Block:
         return hidden_states + (update if self.residual_multiplier == 1.0 else update * self.residual_multiplier)
 
     def pass_by(self, hidden_states: torch.Tensor, cache: Any) -> None:
-        """Keep this block's cache entry as long as the others, of no width.
+        """Start this block's cache entry, which stays empty.
 
-        Caches are cropped, reordered and asked for their length entry by entry. transformers 5.17 fails on one that
-        was never written, so speculative decoding and beam search would.
+        Speculative decoding crops caches entry by entry, and transformers 5.17 fails on one that was never written.
         """
-        if cache is not None:
-            empty = hidden_states.new_empty(hidden_states.shape[0], 1, hidden_states.shape[1], 0)
+        entries = getattr(cache, "layers", None)
+        if entries is not None and not (self.layer_idx < len(entries) and entries[self.layer_idx].is_initialized):
+            empty = hidden_states.new_empty(hidden_states.shape[0], 1, 0, 0)
             cache.update(empty, empty, self.layer_idx)
 
 

@@ -14,6 +14,9 @@ from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from ffn_fusion.settings import Fusion
+from ffn_fusion.stages.fuse import fuse
+
 settings.register_profile("tiny", max_examples=25, deadline=None)
 settings.load_profile("tiny")
 # More threads only wait for each other on tensors this small.
@@ -52,6 +55,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "starcoder2": {"use_bias": True},
 }
 """What each family's configuration adds to or changes in `BASE`."""
+STUDENT_PLAN = "A0F0 A1F1+2 -F3 A4 A5F5"
+"""A fused FFN with an attention, an FFN without, an attention without FFN."""
 
 
 def save_tiny_parent(model_type: str, folder: Path, **changes: Any) -> Path:
@@ -100,6 +105,21 @@ def tiny_parent(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
     def make(model_type: str) -> Path:
         if model_type not in made:
             made[model_type] = save_tiny_parent(model_type, tmp_path_factory.mktemp(model_type) / "parent")
+        return made[model_type]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_student(tiny_parent: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`tiny_student(family)` is a folder that `fuse` made of that parent by `STUDENT_PLAN`; copy it to change it."""
+    made: dict[str, Path] = {}
+
+    def make(model_type: str) -> Path:
+        if model_type not in made:
+            made[model_type] = tmp_path_factory.mktemp(f"{model_type}-fused") / "student"
+            fusion = Fusion(calibrate="none")
+            fuse(str(tiny_parent(model_type)), plan=STUDENT_PLAN, out=made[model_type], fusion=fusion)
         return made[model_type]
 
     return make

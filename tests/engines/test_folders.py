@@ -113,3 +113,18 @@ def test_the_oldest_transformers_runs_every_layout(
     name: str, students: Students, in_oldest_transformers: dict[str, Found]
 ) -> None:
     assert_same(in_oldest_transformers[name], students[name])
+
+
+@needs("vllm")
+def test_vllm_splits_a_student_over_two_ranks(
+    students: Students, folded_students: Students, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # NCCL's own all-reduce: the others need NVLink multicast, which not every host has.
+    monkeypatch.setenv("VLLM_ALLREDUCE_USE_SYMM_MEM", "0")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # by itself it wants a NUMA node for each rank
+    plain = {"disable_custom_all_reduce": True}
+    models = {"one kv head": students["fusion"], "folded": folded_students["wideattn"]}
+    for name, model in models.items():
+        options = {"tensor_parallel": 2, "engine": plain}
+        found = run_probe("vllm", "vllm", {name: model.folder}, tmp_path, options=options)
+        assert_same(found[name], model)

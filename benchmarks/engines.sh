@@ -14,6 +14,7 @@ first() {
     run export "$out/student" --to folded --out "$out/folded" --verify --engine vllm
     run speculate "$model" "$out/student" --out "$out/speculate-vllm" --engine vllm
     run speculate "$model" "$out/student" --out "$out/speculate-transformers"
+    run speculate "$model" "$out/student" --out "$out/speculate-transformers-fp32" --dtype fp32
 }
 second() {
     export CUDA_VISIBLE_DEVICES=1
@@ -28,3 +29,5 @@ wait
 for shape in parent fused; do
     time_it "$out/shapes/$shape" --tensor-parallel 2
 done
+# FFN_FUSION_ENGINES says where vLLM is, as for make test-engines.
+timeout 400 python3 -m pytest tests/engines/test_folders.py -k vllm >"$out/layouts.log" 2>&1

@@ -8,6 +8,8 @@
 PYTHONs have llm-compressor with torchao, vLLM, or llama-cpp-python. The parent is fused with the plan that changes
 nothing, so that both go the same way. Every result is a file in OUT/records, and one that is there is not made again;
 OUT/models can be deleted when all are. KL is to the parent in float32 in transformers, on the same held-out windows.
+Engines obey OMP_NUM_THREADS. Where others work on the machine too, vLLM's threads wait for each other at length, unless
+OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE VLLM_CPU_OMP_THREADS_BIND=nobind.
 """
 
 import argparse
@@ -64,7 +66,6 @@ FORMATS = {
         Format("vllm-bf16", "vllm", "vllm-bf16", "none"),
         Format("fp8", "vllm", "vllm-bf16", "compressor", "FP8_DYNAMIC"),
         Format("w8a8", "vllm", "vllm-bf16", "compressor", "W8A8"),
-        Format("w8a8-gptq", "vllm", "vllm-bf16", "compressor", "W8A8-gptq"),
         Format("w4a16", "vllm", "vllm-bf16", "compressor", "W4A16"),
         Format("w4a16-gptq", "vllm", "vllm-bf16", "compressor", "W4A16-gptq"),
         Format("bf16", "transformers", "bf16", "none"),
@@ -298,6 +299,7 @@ def timed(workers: dict[str, Worker], options: argparse.Namespace) -> dict[str, 
         "environment": asdict(environment("cpu", "see format")),
         "prompt": PROMPT,
         "new_tokens": NEW_TOKENS,
+        "variables": {name: value for name, value in os.environ.items() if name.startswith(("OMP_", "VLLM_CPU_"))},
         "seconds": seconds,
         "others": (others(workers) - before) / elapsed / (os.cpu_count() or 1),
     }

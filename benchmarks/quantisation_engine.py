@@ -96,7 +96,7 @@ class LlamaCpp:
         import llama_cpp
 
         path = next(Path(model).glob("*.gguf"))
-        cores = len(os.sched_getaffinity(0))
+        cores = int(os.environ.get("OMP_NUM_THREADS", len(os.sched_getaffinity(0))))
         self.model = llama_cpp.Llama(
             str(path), n_ctx=CONTEXT, n_threads=cores, n_threads_batch=cores, logits_all=True, verbose=False
         )
@@ -116,7 +116,11 @@ class LlamaCpp:
         return tokens
 
 
-ENGINES = {"vllm": Vllm, "transformers": Transformers, "llama.cpp": LlamaCpp}
+ENGINES: dict[str, type[Vllm | Transformers | LlamaCpp]] = {
+    "vllm": Vllm,
+    "transformers": Transformers,
+    "llama.cpp": LlamaCpp,
+}
 
 
 def run(engine: str, model: str) -> None:
@@ -195,11 +199,13 @@ def preset(name: str, model: Any) -> Any:
 def main() -> None:
     what, name, *paths = sys.argv[1:]
     if what == "run":
-        run(name, *paths)
-    elif name == "torchao":
-        make_torchao(*paths[:2])
+        run(name, paths[0])
+        return
+    source, out, text = paths
+    if name == "torchao":
+        make_torchao(source, out)
     else:
-        make_compressed(*paths[:2], name, paths[2])
+        make_compressed(source, out, name, text)
 
 
 if __name__ == "__main__":

@@ -94,6 +94,16 @@ def test_a_finished_export_is_not_made_again(
     one_line(lambda: export(student, to="folded", out=out), "other", "to", "--out")
 
 
+def test_a_copy_that_is_not_whole_is_never_finished(
+    tiny_student: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut(source: Path, target: Path) -> None:
+        target.write_bytes(source.read_bytes()[: 500 if source.suffix == ".safetensors" else None])
+
+    monkeypatch.setattr("shutil.copyfile", cut)
+    refused(tmp_path / "out", lambda: export(str(tiny_student("llama")), to="hf", out=tmp_path / "out"), "truncated")
+
+
 def test_megatron_gets_one_entry_a_block_and_the_flags_around_them(tiny_student: Folder, tmp_path: Path) -> None:
     out = tmp_path / "out"
     export(str(tiny_student("llama")), to="megatron", out=out)
@@ -339,7 +349,10 @@ def test_a_damaged_student_is_refused(copied: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("to", ["hf", "folded", "gguf", "onnx", "openvino", "megatron"])
 def test_a_model_without_attention_in_layer_0_is_refused(to: str, tmp_path: Path) -> None:
     foreign, out = save_layout("first", tmp_path / "foreign"), tmp_path / "out"
-    refused(out, lambda: export(str(foreign), to=to, out=out), "layer 0")
+    refused(out, lambda: export(str(foreign), to=to, out=out), f"exported to {to}: ", "layer 0")
+    shown = export(str(foreign), list_=True)
+    assert isinstance(shown, str)
+    assert shown.count("not for ") == len(TARGETS)
 
 
 @pytest.mark.parametrize(

@@ -155,6 +155,15 @@ def test_attentions_of_different_kv_heads_are_refused(tmp_path: Path) -> None:
     assert not out.exists()
 
 
+def test_a_folded_model_that_lacks_a_weight_is_never_finished(
+    tiny_student: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = folded._names
+    monkeypatch.setattr(folded, "_names", lambda student: [*names(student)][:-1])
+    one_line(lambda: export(str(tiny_student("llama")), to="folded", out=tmp_path / "out"), "lacks tensor")
+    assert not (tmp_path / "out").exists()
+
+
 def test_it_is_told_from_a_student_and_is_no_parent(tiny_student: Folder, tiny_folded: Folder, tmp_path: Path) -> None:
     assert folded.is_folded(ModelFolder(tiny_folded("llama")))
     assert not folded.is_folded(ModelFolder(tiny_student("llama")))

@@ -261,6 +261,15 @@ def test_the_main_job_can_begin_with_another_tools_plan(
     assert str(Plan.from_json((out / "student" / "plan.json").read_text())) == "A0F0 A1F1 A2F2 A4F4 A5F5"
 
 
+def test_the_main_job_takes_a_plan_with_an_attention_alone(
+    tiny_parent: Callable[[str], Path], texts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    plan, out = "A0F0 A1 A2F2+3 A5F5", tmp_path / "run"
+    options = ["--text", texts[0], "--eval-text", texts[1], "--eval-windows", 2, "--fit-windows", 8, "--no-steps"]
+    assert call("run", tiny_parent("llama"), "--out", out, "--plan", plan, *options, *SMALL) == 0
+    assert f"<code>{plan}</code>" in (out / "report.html").read_text()
+
+
 def test_another_tools_plan_can_be_built_in_one_command(tiny_parent: Callable[[str], Path], tmp_path: Path) -> None:
     """The same student from the tool's file, from our plan of it, and from the line it stands for."""
     dropped = tmp_path / "llm-drop"

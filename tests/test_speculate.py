@@ -48,7 +48,7 @@ def test_a_student_drafts_for_its_parent(
     assert found.speedup == pytest.approx(found.drafted_speed / found.plain_speed)
     assert found.plain_seconds > 0 < found.drafted_seconds
     assert record.inputs["new_tokens"] == 12
-    assert (record.environment.dtype, record.environment.device) == ("fp32", record.environment.device)
+    assert record.environment.dtype == "float32"
     assert read_record(out, SpeculateResult) == record
     assert "output the same on 3 of 3 prompts, 12 tokens each" in found.summary()
     assert decode(parent, student, out, text) == record

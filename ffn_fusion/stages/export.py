@@ -110,7 +110,7 @@ def _listed(student: ModelFolder | None) -> Iterator[str]:
         about += [f"run in {tried}"] if tried else []
         about += [f"said to load in {read}"] if read else []
         if student:
-            reason = target.why_not(student)
+            reason = _why_not(student, target)
             about.append(f"not for {student.folder}: {reason}" if reason else f"takes {student.folder}")
         yield "\n".join([f"{target.name:9} {target.help}", *(f"{'':9} {line}" for line in about)])
 
@@ -121,11 +121,18 @@ def _target(name: str) -> Target:
     return TARGETS[name]
 
 
+def _why_not(student: ModelFolder, target: Target) -> str | None:
+    """Why a student cannot be exported: no plan makes it, as without attention in layer 0, or the target's reason."""
+    try:
+        student.check_plan(student.plan)
+    except UserError as error:
+        return str(error)
+    return target.why_not(student)
+
+
 def _checked(student: ModelFolder, target: Target, dtype: str | None, tensor_parallel: int) -> str:
     """The dtype to export in; `UserError` for what the target or its engines cannot take."""
-    # Engines size their cache by layer 0, so what is no plan of ours is no model for them either.
-    student.check_plan(student.plan)
-    reason = target.why_not(student)
+    reason = _why_not(student, target)
     if reason:
         raise UserError(f"{student.folder} cannot be exported to {target.name}: {reason}")
     if dtype is not None and dtype not in target.dtypes:

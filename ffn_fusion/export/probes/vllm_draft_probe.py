@@ -29,6 +29,8 @@ def decode(request: dict[str, Any], speculation: dict[str, Any] | None) -> tuple
         max_num_seqs=4,
         enforce_eager=options.get("eager", True),
         speculative_config=speculation,
+        # Both engines of a comparison fit into one GPU, even if the first one leaves late.
+        gpu_memory_utilization=0.45,
         disable_log_stats=False,
         **options.get("engine", {}),
     )

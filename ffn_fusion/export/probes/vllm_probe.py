@@ -10,6 +10,8 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 # On a CPU the cache takes half of the memory unless told otherwise; in GB.
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+# Attention kernels would compute float32 products in TF32, ten bits of mantissa, on a GPU.
+os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
 
 
 def load(model: str, options: dict[str, Any]) -> Loaded:

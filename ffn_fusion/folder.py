@@ -139,9 +139,10 @@ def read_record(folder: Path, result_type: type[T]) -> Record[T]:
 def _finished(stage: str, out: Path, inputs: dict[str, Any], result_type: type[T]) -> Record[T]:
     if not (out / RECORD).is_file():
         raise UserError(f"{out} exists and was not made by this command; choose another --out")
+    made_by = _stage_of(out)
+    if made_by != stage:
+        raise UserError(f"{out} holds the result of '{made_by}'; choose another --out for '{stage}'")
     record = read_record(out, result_type)
-    if record.stage != stage:
-        raise UserError(f"{out} holds the result of '{record.stage}'; choose another --out for '{stage}'")
     values = {key: (record.inputs.get(key), inputs.get(key)) for key in record.inputs.keys() | inputs.keys()}
     changed = sorted(key for key, (old, new) in values.items() if old != new and UNKNOWN not in (old, new))
     if changed:
@@ -149,6 +150,14 @@ def _finished(stage: str, out: Path, inputs: dict[str, Any], result_type: type[T
             f"{out} holds a result made with other {', '.join(changed)}; choose another --out or delete the folder"
         )
     return record
+
+
+def _stage_of(out: Path) -> str:
+    """The stage that a finished folder is of, before its result is read as that stage's."""
+    try:
+        return str(json.loads((out / RECORD).read_text(encoding="utf-8"))["stage"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{out / RECORD} cannot be read: {error!r}") from None
 
 
 def _partial_path(out: Path) -> Path:

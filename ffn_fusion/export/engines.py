@@ -1,6 +1,7 @@
 """The engines that exports are tried in: which versions were tested, and how scripts are run in them."""
 
 import json
+import re
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -73,9 +74,14 @@ class Installed:
             except subprocess.TimeoutExpired:
                 raise UserError(f"{self.name} did not finish in {TIMEOUT // 60} minutes, see {log}") from None
         if done.returncode:
-            lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
-            last = next((line.strip() for line in reversed(lines) if line.strip()), "no word")
-            raise UserError(f"{self.name} {self.version} failed: {last} (see {log})")
+            raise UserError(f"{self.name} {self.version} failed: {_reason(log)} (see {log})")
+
+
+def _reason(log: Path) -> str:
+    """The line that says what went wrong: the last one that names an error, or the last one."""
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if re.search(r"\b\w*Error: ", line)]
+    return (errors or lines or ["no word"])[-1]
 
 
 def _distributions(python: str) -> dict[str, str]:

@@ -24,19 +24,23 @@ class Serving:
     extra: tuple[str, ...]
 
 
-def server_command(engine: str, python: str, serving: Serving) -> list[str]:
-    """The command that serves the model in an engine; `UserError` if the engine cannot, or is not there."""
+def server_command(engine: str, python: str, serving: Serving, untested: bool) -> list[str]:
+    """The command that serves the model in an engine; `UserError` if the engine cannot, is not there or is untested."""
     if serving.tensor_parallel > 1 and engine != "vllm":
         raise UserError(f"--tensor-parallel is for vllm; {engine} has another way, or none")
-    command = SERVERS[engine](python, serving)
+    llama_server = shutil.which("llama-server") if engine == "llama.cpp" else None
+    if llama_server:
+        command = [llama_server, *_llama_server(serving)]
+    else:
+        ENGINES[engine].version(python, untested)
+        # As modules: an engine's own program starts another Python where the PATH has one first.
+        command = [shutil.which(python) or python, "-m", *MODULES[engine](serving)]
     return [*command, "--host", serving.host, "--port", str(serving.port), *serving.extra]
 
 
-def _vllm(python: str, serving: Serving) -> list[str]:
-    program = _program(python, "vllm")
-    if program is None:
-        raise UserError(_missing("vllm", python))
-    command = [program, "serve", str(serving.model), "--served-model-name", serving.model.resolve().name]
+def _vllm(serving: Serving) -> list[str]:
+    command = ["vllm.entrypoints.openai.api_server", "--model", str(serving.model)]
+    command += ["--served-model-name", serving.model.resolve().name]
     # For the configuration class alone, which gives block_configs attributes; vLLM runs its own model code.
     command.append("--trust-remote-code")
     command += ["--tensor-parallel-size", str(serving.tensor_parallel)] if serving.tensor_parallel > 1 else []
@@ -47,41 +51,28 @@ def _vllm(python: str, serving: Serving) -> list[str]:
     return command
 
 
-def _llama_cpp(python: str, serving: Serving) -> list[str]:
-    path = _gguf(serving.model)
-    program = _program(python, "llama-server")
-    if program:
-        command = [program, "-m", path]
-        command += ["-c", str(serving.max_model_len)] if serving.max_model_len else []
-        draft = ["-md", _gguf(serving.draft), "--draft-max", str(serving.draft_tokens)] if serving.draft else []
-        return command + draft
+def _llama_server(serving: Serving) -> list[str]:
+    command = ["-m", _gguf(serving.model)]
+    command += ["-c", str(serving.max_model_len)] if serving.max_model_len else []
+    draft = ["-md", _gguf(serving.draft), "--draft-max", str(serving.draft_tokens)] if serving.draft else []
+    return command + draft
+
+
+def _llama_cpp(serving: Serving) -> list[str]:
     if serving.draft:
         raise UserError("--draft needs llama.cpp's own llama-server on the PATH: the Python server takes no draft")
-    ENGINES["llama.cpp"].version(python, untested=True)
-    command = [shutil.which(python) or python, "-m", "llama_cpp.server", "--model", path]
+    command = ["llama_cpp.server", "--model", _gguf(serving.model)]
     return command + (["--n_ctx", str(serving.max_model_len)] if serving.max_model_len else [])
 
 
-def _mlx(python: str, serving: Serving) -> list[str]:
-    program = _program(python, "mlx_lm.server")
-    if program is None:
-        raise UserError(_missing("mlx-lm", python))
-    command = [program, "--model", str(serving.model)]
+def _mlx(serving: Serving) -> list[str]:
+    command = ["mlx_lm.server", "--model", str(serving.model)]
     draft = ["--draft-model", str(serving.draft), "--num-draft-tokens", str(serving.draft_tokens)]
     return command + (draft if serving.draft else [])
 
 
-SERVERS: dict[str, Callable[[str, Serving], list[str]]] = {"vllm": _vllm, "llama.cpp": _llama_cpp, "mlx-lm": _mlx}
-
-
-def _program(python: str, name: str) -> str | None:
-    """An executable beside an interpreter, or on the PATH."""
-    return shutil.which(name, path=str(Path(shutil.which(python) or python).parent)) or shutil.which(name)
-
-
-def _missing(engine: str, python: str) -> str:
-    install = ENGINES[engine].install
-    return f"there is no {engine} beside {python} or on the PATH; {install}, or name its Python with --engine-python"
+MODULES: dict[str, Callable[[Serving], list[str]]] = {"vllm": _vllm, "llama.cpp": _llama_cpp, "mlx-lm": _mlx}
+"""The module that is each engine's server, and its arguments."""
 
 
 def _gguf(model: Path) -> str:

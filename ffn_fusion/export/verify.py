@@ -88,8 +88,8 @@ def _probe(installed: Installed, model: Path, prompts: Sequence[list[int]], stat
 
 
 def _answer(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
-    """The text up to the end token, behind which the engine was made to go on."""
-    end = tokens.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in tokens else len(tokens)
+    """The text up to the first special token, behind which the engine was made to go on."""
+    end = next((place for place, token in enumerate(tokens) if token in tokenizer.all_special_ids), len(tokens))
     return str(tokenizer.decode(tokens[:end], skip_special_tokens=True)).strip()
 
 

@@ -59,8 +59,6 @@ class ModelFolder:
     def config(self) -> Any:
         """The folder's configuration as one of our classes, `block_configs` filled in for an ordinary parent."""
         raw = {name: value for name, value in self.raw_config.items() if name not in ("model_type", "auto_map")}
-        if self.raw_config.get("quantization_config"):
-            raise UserError(f"{self.folder} is quantised; fuse the unquantised checkpoint and quantise the student")
         config_class = model_class(self.arch).config_class
         if raw.get(BLOCK_CONFIGS) is not None:
             raw = {name: value for name, value in raw.items() if value is not None}
@@ -98,6 +96,8 @@ class ModelFolder:
 
     def check(self) -> None:
         """Compare every weight's name and shape with the configuration; `UserError` at the first misfit."""
+        if self.raw_config.get("quantization_config"):
+            raise UserError(f"{self.folder} is quantised; fuse the unquantised checkpoint and quantise the student")
         expected, tied = expected_specs(self.config)
         specs = self.checkpoint.specs
         for name, shape in expected.items():

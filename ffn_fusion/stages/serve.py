@@ -13,7 +13,6 @@ from ffn_fusion.export import folded
 from ffn_fusion.export.parallel import check_tensor_parallel
 from ffn_fusion.export.servers import Serving, server_command
 from ffn_fusion.hf.model import ModelFolder
-from ffn_fusion.hf.resolve import resolve_model
 from ffn_fusion.settings import Positive
 
 
@@ -28,6 +27,7 @@ def serve(
     draft: Path | None = None,
     draft_tokens: Positive = 4,
     engine_python: str = sys.executable,
+    untested: bool = False,
     dry_run: bool = False,
 ) -> None:
     """Start an engine's own OpenAI-style server on a student, and show the command that does it.
@@ -54,6 +54,8 @@ def serve(
         Tokens proposed at a time.
     engine_python
         Python that has the engine, if it is not this one.
+    untested
+        Go on with an engine version outside the tested range.
     dry_run
         Show the command only.
     """
@@ -63,16 +65,16 @@ def serve(
         if not path.exists():
             raise UserError(f"{path} does not exist")
         if path.is_dir() and not (engine == "llama.cpp" and list(path.glob("*.gguf"))):
-            _check(resolve_model(str(path)), engine, tensor_parallel)
+            _check(ModelFolder(path), engine, tensor_parallel)
     serving = Serving(model, host, port, max_model_len, tensor_parallel, draft, draft_tokens, extra)
-    command = server_command(engine, engine_python, serving)
+    command = server_command(engine, engine_python, serving, untested)
     print(shlex.join(command), flush=True)
     if not dry_run:
         os.execv(command[0], command)
 
 
 def _check(model: ModelFolder, engine: str, tensor_parallel: int) -> None:
-    """An engine that would load something else, or fail late, is refused here."""
+    """An engine that would load something else, or fail late, is refused here; a quantised student is welcome."""
     check_tensor_parallel(model, tensor_parallel)
     ours = "auto_map" in model.raw_config and model.arch.class_name != "DeciLMForCausalLM"
     if engine == "vllm" and ours and not folded.is_folded(model):

@@ -17,7 +17,6 @@ from transformers import AutoTokenizer
 
 from ffn_fusion.core.plan import Plan
 from ffn_fusion.export import gguf_file
-from ffn_fusion.hf.builtin import cache_folder
 from ffn_fusion.hf.model import ModelFolder
 from ffn_fusion.hf.resolve import resolve_model
 from ffn_fusion.hf.student import write_student
@@ -123,7 +122,6 @@ def test_llama_cpps_own_quantiser_makes_a_file_that_runs(tmp_path: Path, monkeyp
     assert not list(tmp_path.glob(".*partial"))
 
 
-@pytest.mark.skipif(not (cache_folder() / "models" / "smollm2-135m").is_dir(), reason="the builtin model is not here")
 def test_a_fused_smollm2_computes_and_chats_as_in_transformers(tmp_path: Path) -> None:
     folder = tmp_path / "student"
     folder.mkdir()

@@ -25,9 +25,9 @@ from ffn_fusion.hf.arch import why_not_decilm
 from ffn_fusion.hf.model import ModelFolder, expected_specs
 from ffn_fusion.progress import track
 
-PLAIN = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
-# bf16 first: it holds every weight of a bf16 student and cannot overflow. llama.cpp rounds activations to the type of
-# the weights, so f16 comes closer where its range is enough (KL to f32 2e-6 against 1e-4 on a fused SmolLM2-135M).
+PLAIN = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
+# f16 first: llama.cpp rounds activations to the type of the weights, so it comes closer than bf16 (KL to f32 2e-6
+# against 1e-4 on a fused SmolLM2-135M). A weight beyond its range is refused by name; bf16 holds those.
 DTYPES = (*PLAIN, "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q4_0", "q3_k_m", "q2_k")
 """Names of file types, the default first; those after q8_0 are made by llama.cpp's own quantiser."""
 ROPE_TYPES = ("default", "linear", "llama3")

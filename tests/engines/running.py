@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ import torch
 import ffn_fusion.export.probes
 from ffn_fusion.hf.model import ModelFolder
 
+NEWEST = "newest transformers"
+"""The transformers of this environment; the engine "transformers" is the oldest one supported."""
 PROMPTS = ([5, 70, 9, 33, 12, 48, 90, 61], [1, 40, 41, 42])
 NEW_TOKENS = 16
 TOLERANCE = 1e-4
@@ -22,7 +25,9 @@ TOLERANCE = 1e-4
 
 
 def python_of(engine: str) -> str:
-    """The Python that has an engine; empty if there is none."""
+    """The Python that has an engine, this one for `NEWEST`; empty if there is none."""
+    if engine == NEWEST:
+        return sys.executable
     python = Path(os.environ.get("FFN_FUSION_ENGINES", "no-folder")).absolute() / engine / "bin" / "python"
     return str(python) if python.is_file() else ""
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from conftest import save_tiny_parent
 from layouts import LAYOUTS, save_layout
-from running import Found, assert_same, needs, run_probe
+from running import NEWEST, Found, assert_same, needs, run_probe
 
 from ffn_fusion.core.plan import Plan
 from ffn_fusion.export import folded
@@ -77,9 +77,11 @@ def in_mlx(students: Students, tmp_path_factory: pytest.TempPathFactory) -> dict
     return probed("mlx-lm", "mlx", students, tmp_path_factory.mktemp("mlx"))
 
 
-@pytest.fixture(scope="session")
-def in_oldest_transformers(students: Students, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Found]:
-    return probed("transformers", "transformers", students, tmp_path_factory.mktemp("transformers"))
+@pytest.fixture(scope="session", params=["transformers", NEWEST])
+def in_transformers(
+    request: pytest.FixtureRequest, students: Students, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Found]:
+    return probed(request.param, "transformers", students, tmp_path_factory.mktemp("transformers"))
 
 
 @needs("vllm")
@@ -111,10 +113,10 @@ def test_mlx_runs_every_layout(name: str, students: Students, in_mlx: dict[str, 
 
 @needs("transformers")
 @pytest.mark.parametrize("name", RUNNING)
-def test_the_oldest_transformers_runs_every_layout(
-    name: str, students: Students, in_oldest_transformers: dict[str, Found]
+def test_transformers_runs_every_layout_from_its_folder(
+    name: str, students: Students, in_transformers: dict[str, Found]
 ) -> None:
-    assert_same(in_oldest_transformers[name], students[name])
+    assert_same(in_transformers[name], students[name])
 
 
 @needs("vllm")

@@ -228,7 +228,7 @@ def test_a_folder_without_a_configuration_is_refused(tmp_path: Path) -> None:
 def test_a_quantised_parent_is_refused(tiny_parent: Parent, tmp_path: Path) -> None:
     config = json.loads((tiny_parent("llama") / "config.json").read_text())
     folder = folder_with(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}}, tmp_path / "model")
-    one_line(lambda: folder.config, "quantised", str(tmp_path / "model"))
+    one_line(folder.check, "quantised", str(tmp_path / "model"))
 
 
 def test_a_plan_for_sublayers_that_the_parent_lacks_is_refused(tiny_parent: Parent) -> None:

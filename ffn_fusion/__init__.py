@@ -14,10 +14,12 @@ if TYPE_CHECKING:
     from ffn_fusion.stages.analyze import analyze
     from ffn_fusion.stages.bench import bench
     from ffn_fusion.stages.evaluate import evaluate
+    from ffn_fusion.stages.export import export
     from ffn_fusion.stages.fuse import fuse
     from ffn_fusion.stages.report import report
     from ffn_fusion.stages.run import run
     from ffn_fusion.stages.search import search
+    from ffn_fusion.stages.speculate import speculate
 
 __version__ = version("ffn-fusion")
 __all__ = [
@@ -35,10 +37,12 @@ __all__ = [
     "analyze",
     "bench",
     "evaluate",
+    "export",
     "fuse",
     "report",
     "run",
     "search",
+    "speculate",
 ]
 _MODULES = {
     "core.plan": ("Attention", "Block", "Ffn", "Plan"),

@@ -5,7 +5,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from ffn_fusion.export.gguf_vocab import PRE_NAMES
+from ffn_fusion.serving.gguf_vocab import PRE_NAMES
 
 VOCAB_SIZE = 500
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")

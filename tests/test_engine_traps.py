@@ -18,9 +18,9 @@ from reference import one_line
 from transformers import AutoModelForCausalLM
 
 from ffn_fusion.core.plan import Plan
-from ffn_fusion.export import probes
 from ffn_fusion.hf.model import ModelFolder
 from ffn_fusion.hf.remote.configuration_ffn_fusion import DeciLMConfig
+from ffn_fusion.serving import probes
 from ffn_fusion.settings import Fusion
 from ffn_fusion.stages.export import export
 from ffn_fusion.stages.fuse import fuse

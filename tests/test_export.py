@@ -21,12 +21,12 @@ from safetensors.torch import load_file, save_file
 
 from ffn_fusion import cli
 from ffn_fusion.core.engine_records import EngineCheck, ExportResult
-from ffn_fusion.export import engines, megatron
-from ffn_fusion.export.engines import ENGINES, Installed
-from ffn_fusion.export.parallel import check_tensor_parallel
-from ffn_fusion.export.targets import AS_IT_IS, TARGETS
 from ffn_fusion.folder import RECORD, read_record
 from ffn_fusion.hf.model import ModelFolder
+from ffn_fusion.serving import engines, megatron
+from ffn_fusion.serving.engines import ENGINES, Installed
+from ffn_fusion.serving.parallel import check_tensor_parallel
+from ffn_fusion.serving.targets import AS_IT_IS, TARGETS
 from ffn_fusion.stages.export import export
 
 Folder = Callable[[str], Path]
@@ -252,8 +252,8 @@ def test_logits_that_are_no_numbers_are_no_agreement(
 ) -> None:
     import numpy as np
 
-    from ffn_fusion.export import verify as module
     from ffn_fusion.hf.resolve import load_tokenizer
+    from ffn_fusion.serving import verify as module
 
     student = ModelFolder(tiny_student("llama"))
     installed = Installed(ENGINES["llama.cpp"], "python", "0.3.0", {})

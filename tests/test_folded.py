@@ -17,9 +17,9 @@ from reference import one_line
 from torch import nn
 
 from ffn_fusion.core.records import FuseResult
-from ffn_fusion.export import folded
 from ffn_fusion.folder import RECORD, read_record
 from ffn_fusion.hf.model import ModelFolder, model_class, skeleton
+from ffn_fusion.serving import folded
 from ffn_fusion.stages.export import export
 
 Folder = Callable[[str], Path]

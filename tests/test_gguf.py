@@ -17,8 +17,8 @@ from spellings import BYTE_LEVEL, SPECIAL, save_byte_level, save_sentencepiece
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from ffn_fusion.export import gguf_file, gguf_vocab
 from ffn_fusion.hf.model import ModelFolder
+from ffn_fusion.serving import gguf_file, gguf_vocab
 
 Type = gguf.GGMLQuantizationType
 HEAD = 64

@@ -1,4 +1,4 @@
-"""The import rule: core <- hf <- tasks, export <- stages <- cli, stages apart (`run` excepted); no cycles."""
+"""The import rule: core <- hf <- tasks, serving <- stages <- cli, stages apart (`run` excepted); no cycles."""
 
 import ast
 from pathlib import Path
@@ -11,8 +11,8 @@ MAY_IMPORT = {
     "core": {"core", "errors"},
     "hf": {"hf", "core"} | FREE,
     "tasks": {"tasks", "hf", "core"} | FREE,
-    "export": {"export", "hf", "core"} | FREE,
-    "stages": {"tasks", "export", "hf", "core"} | FREE,
+    "serving": {"serving", "hf", "core"} | FREE,
+    "stages": {"tasks", "serving", "hf", "core"} | FREE,
     "cli": {"errors"},
     "__main__": {"cli"},
     "__init__": set(),

@@ -11,8 +11,8 @@ from test_report import sample
 from texts import write_text
 
 from ffn_fusion.core.engine_records import SpeculateResult
-from ffn_fusion.export.engines import ENGINES, Installed
 from ffn_fusion.folder import Record, read_record
+from ffn_fusion.serving.engines import ENGINES, Installed
 from ffn_fusion.settings import Machine, Text
 from ffn_fusion.stages.speculate import _result, speculate
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ffn_fusion.core.plan import Plan
 from ffn_fusion.errors import UserError
-from ffn_fusion.export import onnx, openvino, traced
-from ffn_fusion.export.traced import Traced, program
 from ffn_fusion.hf.model import ModelFolder
 from ffn_fusion.hf.student import write_student
+from ffn_fusion.serving import onnx, openvino, traced
+from ffn_fusion.serving.traced import Traced, program
 
 IDS = torch.randint(4, VOCAB_SIZE, (2, 20), generator=torch.Generator().manual_seed(0))
 

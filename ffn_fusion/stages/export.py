@@ -12,14 +12,14 @@ from cyclopts import Parameter
 
 from ffn_fusion.core.engine_records import EngineCheck, ExportResult
 from ffn_fusion.errors import UserError
-from ffn_fusion.export.engines import ENGINES, Installed
-from ffn_fusion.export.parallel import check_tensor_parallel
-from ffn_fusion.export.target import Target
-from ffn_fusion.export.targets import AS_IT_IS, TARGETS
-from ffn_fusion.export.verify import verify as verify_in
 from ffn_fusion.folder import RECORD, Environment, Record, StageFolder, environment, run_stage, write_atomically
 from ffn_fusion.hf.model import ModelFolder
 from ffn_fusion.hf.resolve import load_tokenizer, resolve_model
+from ffn_fusion.serving.engines import ENGINES, Installed
+from ffn_fusion.serving.parallel import check_tensor_parallel
+from ffn_fusion.serving.target import Target
+from ffn_fusion.serving.targets import AS_IT_IS, TARGETS
+from ffn_fusion.serving.verify import verify as verify_in
 from ffn_fusion.settings import Positive
 
 LATER = ".verify"

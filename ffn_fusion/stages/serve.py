@@ -9,10 +9,10 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from ffn_fusion.errors import UserError
-from ffn_fusion.export import folded
-from ffn_fusion.export.parallel import check_tensor_parallel
-from ffn_fusion.export.servers import Serving, server_command
 from ffn_fusion.hf.model import ModelFolder
+from ffn_fusion.serving import folded
+from ffn_fusion.serving.parallel import check_tensor_parallel
+from ffn_fusion.serving.servers import Serving, server_command
 from ffn_fusion.settings import Positive
 
 

@@ -8,11 +8,11 @@ from typing import Any, Literal
 from ffn_fusion.core.engine_records import SpeculateResult
 from ffn_fusion.core.records import Sample
 from ffn_fusion.errors import UserError
-from ffn_fusion.export.engines import ENGINES, Installed
 from ffn_fusion.folder import Environment, Record, StageFolder, run_stage
 from ffn_fusion.hf.machine import pick_device, pick_dtype, where
 from ffn_fusion.hf.resolve import load_tokenizer, resolve_model
 from ffn_fusion.hf.text import read_windows
+from ffn_fusion.serving.engines import ENGINES, Installed
 from ffn_fusion.settings import Machine, Positive, Text, TwoOrMore
 
 

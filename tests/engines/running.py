@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-import ffn_fusion.export.probes
+import ffn_fusion.serving.probes
 from ffn_fusion.hf.model import ModelFolder
 
 NEWEST = "newest transformers"
@@ -64,7 +64,7 @@ def run_probe(
         asked |= {"answer": str(folder / f"{name}.npz"), "options": options or {}}
         requests.append(folder / f"{name}.json")
         requests[-1].write_text(json.dumps(asked))
-    script = Path(ffn_fusion.export.probes.__file__).with_name(f"{probe}_probe.py")
+    script = Path(ffn_fusion.serving.probes.__file__).with_name(f"{probe}_probe.py")
     command = [python_of(engine), str(script), *map(str, requests)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -8,10 +8,10 @@ from layouts import LAYOUTS, save_layout
 from running import NEWEST, Found, assert_same, needs, run_probe
 
 from ffn_fusion.core.plan import Plan
-from ffn_fusion.export import folded
 from ffn_fusion.hf.arch import ARCHS
 from ffn_fusion.hf.model import ModelFolder
 from ffn_fusion.hf.student import write_student
+from ffn_fusion.serving import folded
 
 RUNNING = [name for name in LAYOUTS if name != "first"]
 """Layouts that our plans can have: layer 0 keeps its attention."""

@@ -16,10 +16,10 @@ from spellings import BYTE_LEVEL, HARD_TEXTS, save_byte_level, save_sentencepiec
 from transformers import AutoTokenizer
 
 from ffn_fusion.core.plan import Plan
-from ffn_fusion.export import gguf_file
 from ffn_fusion.hf.model import ModelFolder
 from ffn_fusion.hf.resolve import resolve_model
 from ffn_fusion.hf.student import write_student
+from ffn_fusion.serving import gguf_file
 
 PLAN = (
     "A0F0 A1F1 A2F2 A3F3 A4F4 A5F5 -F6+7 A8F8 A9F9 A10F10 A11F11 A12F12 A13F13 A14F14 A15F15 -F16+17 A18F18 A19F19+20 "

@@ -7,7 +7,7 @@ import pytest
 from graphs import STUDENTS, assert_exported_same, make_student
 from running import needs
 
-from ffn_fusion.export import onnx
+from ffn_fusion.serving import onnx
 
 pytestmark = needs("onnxruntime-genai")
 

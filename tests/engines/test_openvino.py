@@ -7,7 +7,7 @@ import pytest
 from graphs import STUDENTS, assert_exported_same, make_student
 from running import needs
 
-from ffn_fusion.export import openvino
+from ffn_fusion.serving import openvino
 
 pytestmark = needs("openvino")
 

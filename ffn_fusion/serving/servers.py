@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ffn_fusion.errors import UserError
-from ffn_fusion.export.engines import ENGINES
+from ffn_fusion.serving.engines import ENGINES
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The table of export targets."""
 
-from ffn_fusion.export import folded, gguf_file, hf, megatron, onnx, openvino
-from ffn_fusion.export.target import Target
+from ffn_fusion.serving import folded, gguf_file, hf, megatron, onnx, openvino
+from ffn_fusion.serving.target import Target
 
 AS_IT_IS = "as the student"
 _TARGETS = (

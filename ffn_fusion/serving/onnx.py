@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from ffn_fusion.errors import UserError
-from ffn_fusion.export import traced
-from ffn_fusion.export.traced import Traced, program, quiet
 from ffn_fusion.hf.checkpoint import read_json
 from ffn_fusion.hf.model import ModelFolder, copy_tokenizer
+from ffn_fusion.serving import traced
+from ffn_fusion.serving.traced import Traced, program, quiet
 
 DTYPES = ("f32", "f16")
 OPSET = 20

@@ -20,10 +20,10 @@ from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ffn_fusion.errors import UserError
-from ffn_fusion.export.gguf_vocab import read_vocabulary
 from ffn_fusion.hf.arch import why_not_decilm
 from ffn_fusion.hf.model import ModelFolder, expected_specs
 from ffn_fusion.progress import track
+from ffn_fusion.serving.gguf_vocab import read_vocabulary
 
 PLAIN = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 # f16 first: llama.cpp rounds activations to the type of the weights, so it comes closer than bf16 (KL to f32 2e-6

@@ -11,7 +11,7 @@ from typing import Any
 from packaging.version import Version
 
 from ffn_fusion.errors import UserError
-from ffn_fusion.export import probes
+from ffn_fusion.serving import probes
 
 _ASK = "import importlib.metadata as m, json; print(json.dumps([(d.name, d.version) for d in m.distributions()]))"
 

@@ -108,6 +108,13 @@ def _assert_close(found: Tensor, wanted: Tensor, block: Block) -> None:
     assert error < TOLERANCE, f"block {block} differs from its members by {error:.1e}; nothing was saved"
 
 
+SERVED = {
+    True: "vllm serve THIS_FOLDER --trust-remote-code    # or: mlx_lm.server --model THIS_FOLDER",
+    False: "ffn-fusion export THIS_FOLDER --to folded --out FOLDED && vllm serve FOLDED --trust-remote-code",
+}
+"""How engines serve a student in the portable layout, and in its family's own."""
+
+
 def model_card(parent_name: str, plan: Plan, layout: str) -> str:
     """README of the student folder."""
     return f"""---
@@ -130,6 +137,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER", trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER", trust_remote_code=True)
+```
+
+```sh
+{SERVED[layout == "DeciLMForCausalLM"]}
 ```
 
 `record.json` holds how it was made. The model inherits its parent's licence and limits.

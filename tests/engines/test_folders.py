@@ -1,11 +1,12 @@
 """Student folders, as they are and folded, in unmodified engines: every layout, every family."""
 
+import subprocess
 from pathlib import Path
 
 import pytest
 from conftest import save_tiny_parent
 from layouts import LAYOUTS, save_layout
-from running import NEWEST, Found, assert_same, needs, run_probe
+from running import NEWEST, Found, assert_same, needs, python_of, run_probe
 
 from ffn_fusion.core.plan import Plan
 from ffn_fusion.hf.arch import ARCHS
@@ -132,3 +133,19 @@ def test_vllm_splits_a_student_over_two_ranks(
         options = {"tensor_parallel": 2, "engine": plain}
         found = run_probe("vllm", "vllm", {name: model.folder}, tmp_path, options=options)
         assert_same(found[name], model)
+
+
+@needs("transformers-4")
+def test_transformers_4_reads_the_configuration(students: Students) -> None:
+    """Engines that pin it read `block_configs` by attribute and run model code of their own."""
+    student = students["fusion"]
+    program = (
+        "import sys; from transformers import AutoConfig; "
+        "c = AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=True); "
+        "blocks = [(b.attention.no_op, b.attention.n_heads_in_group, b.ffn.ffn_mult) for b in c.block_configs]; "
+        "print(blocks, c.rope_theta)"
+    )
+    command = [python_of("transformers-4"), "-c", program, str(student.folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    blocks = [(b.attention.no_op, b.attention.n_heads_in_group, b.ffn.ffn_mult) for b in student.config.block_configs]
+    assert done.stdout.strip() == f"{blocks} {student.config.rope_parameters['rope_theta']}"

@@ -58,9 +58,13 @@ class BlockConfigs:
     """
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self.block_configs = [_entries(block) for block in kwargs.pop("block_configs", [])]
+        self.block_configs = kwargs.pop("block_configs", [])
         self.intermediate_size = max(self.ffn_widths, default=self.intermediate_size)
         super().__post_init__(**kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # On assignment, because transformers 4, which engines may pin, calls no __post_init__.
+        super().__setattr__(name, _entries(value) if name == "block_configs" else value)
 
     @property
     def ffn_widths(self) -> list[int]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from ffn_fusion.core.cost import BlockShape
 from ffn_fusion.core.fusion import padded_width
 from ffn_fusion.core.plan import Attention, Block, Ffn, Plan, contiguous
 from ffn_fusion.errors import UserError
@@ -32,6 +33,15 @@ class LayoutBlock:
     slot: int
     kv_heads: int
     ffn_width: int
+
+    def of(self, layers: Group, own: BlockShape | None) -> Block:
+        """The plan's block of these source layers, with the sizes that differ from the first one's `own`, if known."""
+        kv_heads = None if own is None or self.kv_heads == own.kv_heads else self.kv_heads
+        # nemotron-nas can say multiples of 256 only, so the parent's own width may be there rounded up.
+        whole = own is None or self.ffn_width in (own.ffn_width, padded_width(own.ffn_width, WIDTH_MULTIPLE))
+        width = None if whole or len(layers) > 1 else self.ffn_width
+        attention = Attention(layers[0], kv_heads) if self.kv_heads else None
+        return Block(attention, tuple(Ffn(layer, width) for layer in layers) if self.ffn_width else ())
 
 
 @dataclass(frozen=True)
@@ -90,24 +100,19 @@ class Layout:
         norms = d * (self.num_attentions + self.num_ffns + 1)
         return attention + ffn + norms + (1 if self.tied else 2) * self.vocab_size * d
 
-    def plan(self, num_layers: int, groups: Sequence[Group] = ()) -> Plan:
+    def plan(self, num_layers: int, groups: Sequence[Group] = (), own: Sequence[BlockShape] | None = None) -> Plan:
         """The plan of this layout for a parent of `num_layers` layers.
 
         With as many slots as the parent has layers, each slot is its layer. Else, or with `groups`, blocks take the
         parent's layers in order, and a block that comes to the first layer of a group takes all of the group. Widths
-        cannot tell the groups: members may have been pruned before they were fused.
+        cannot tell the groups: members may have been pruned before they were fused. `own` has the sizes of the
+        parent's layers; kv heads and widths that differ from them are the plan's, but for the members of a group,
+        whose widths the block's alone does not tell: they are taken whole.
         """
         in_place = num_layers == self.num_slots and not groups
         named = [(b.slot,) for b in self.blocks] if in_place else self._in_order(num_layers, groups)
-        return Plan(
-            tuple(
-                Block(
-                    Attention(layers[0]) if block.kv_heads else None,
-                    tuple(map(Ffn, layers)) if block.ffn_width else (),
-                )
-                for block, layers in zip(self.blocks, named, strict=True)
-            )
-        )
+        pairs = zip(self.blocks, named, strict=True)
+        return Plan(tuple(block.of(layers, own[layers[0]] if own else None) for block, layers in pairs))
 
     def _in_order(self, num_layers: int, groups: Sequence[Group]) -> list[Group]:
         starts = {group[0]: group for group in _checked(groups, num_layers)}
@@ -129,15 +134,15 @@ class Layout:
 
 
 def config_plan(
-    config: Mapping[str, Any], num_layers: int | None, groups: Sequence[Group]
+    config: Mapping[str, Any], num_layers: int | None, groups: Sequence[Group], own: Sequence[BlockShape] | None = None
 ) -> tuple[Plan, Layout | None]:
     """Plan of a `config.json` with `block_configs` or drop lists, for a parent with its own layers if not `num_layers`.
 
-    The layout is that of `block_configs`, or None.
+    The layout is that of `block_configs`, or None. `own` has the sizes of the parent's layers, as in `Layout.plan`.
     """
     if config.get(BLOCK_CONFIGS) is not None:
         layout = Layout.of(config)
-        return layout.plan(num_layers or layout.num_slots, groups), layout
+        return layout.plan(num_layers or layout.num_slots, groups, own), layout
     if not is_changed(config):
         raise UserError(f"holds no plan: neither 'blocks' of a plan, nor {', '.join(DROP_LISTS)}, nor {BLOCK_CONFIGS}")
     if groups:

@@ -7,28 +7,47 @@ and the configuration of its parent. *Layer* is an index into the parent, *block
 import json
 import re
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
 from ffn_fusion.errors import UserError
 
 FORMAT = "ffn-fusion-plan/1"
-_BLOCK = re.compile(r"(?:A(?P<attention>\d+)|-(?=F))(?:F(?P<ffns>\d+(?:\+\d+)*))?")
+SIZED_FORMAT = "ffn-fusion-plan/2"
+"""Of plans that give sizes: readers of the first format would leave the sizes out without a word."""
+_ATTENTION, _FFN = r"\d+(?:/\d+)?", r"\d+(?::\d+)?"
+_BLOCK = re.compile(rf"(?:A(?P<attention>{_ATTENTION})|-(?=F))(?:F(?P<ffns>{_FFN}(?:\+{_FFN})*))?")
 
 
 @dataclass(frozen=True)
 class Attention:
-    """The attention sublayer of one source layer."""
+    """The attention sublayer of one source layer; `kv_heads` if its kv heads are merged into fewer (Puzzle)."""
 
     layer: int
+    kv_heads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kv_heads is not None and self.kv_heads < 1:
+            raise UserError(f"attention {self.layer} of a plan has {self.kv_heads} kv heads; it needs at least one")
+
+    def __str__(self) -> str:
+        return f"{self.layer}" if self.kv_heads is None else f"{self.layer}/{self.kv_heads}"
 
 
 @dataclass(frozen=True)
 class Ffn:
-    """The feed-forward sublayer of one source layer."""
+    """The feed-forward sublayer of one source layer; `width` if it is cut to fewer channels (Puzzle)."""
 
     layer: int
+    width: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.width is not None and self.width < 1:
+            raise UserError(f"FFN {self.layer} of a plan has {self.width} channels; it needs at least one")
+
+    def __str__(self) -> str:
+        return f"{self.layer}" if self.width is None else f"{self.layer}:{self.width}"
 
 
 @dataclass(frozen=True)
@@ -46,14 +65,19 @@ class Block:
         return len(self.ffns) > 1
 
     @property
+    def is_cut(self) -> bool:
+        """Whether an FFN of it has fewer channels than its parent's."""
+        return any(ffn.width is not None for ffn in self.ffns)
+
+    @property
     def layers(self) -> tuple[int, ...]:
         """Source layers that the block is built from, in the order in which it names them."""
         named = [self.attention.layer] if self.attention else []
         return tuple(dict.fromkeys(named + [ffn.layer for ffn in self.ffns]))
 
     def __str__(self) -> str:
-        head = f"A{self.attention.layer}" if self.attention else "-"
-        return head + ("F" + "+".join(str(ffn.layer) for ffn in self.ffns) if self.ffns else "")
+        head = f"A{self.attention}" if self.attention else "-"
+        return head + ("F" + "+".join(map(str, self.ffns)) if self.ffns else "")
 
 
 @dataclass(frozen=True)
@@ -65,7 +89,8 @@ class Plan:
     def __post_init__(self) -> None:
         if not self.blocks:
             raise UserError("a plan needs at least one block, for example 'A0F0 A1F1+2'")
-        if self.blocks[0].attention != Attention(0):
+        first = self.blocks[0].attention
+        if first is None or first.layer != 0:
             raise UserError(
                 "a plan starts with the attention of layer 0 (engines size their cache by it), "
                 f"found '{self.blocks[0]}'"
@@ -87,29 +112,32 @@ class Plan:
 
     @classmethod
     def parse(cls, text: str) -> "Plan":
-        """Read the one-line form, such as ``A0F0 A1F1 -F2+3 A4`` (``-`` is a removed attention, A4 one without FFN)."""
+        """Read the one-line form, such as ``A0F0 A1/2F1:1024 -F2+3 A4``.
+
+        ``-`` is a removed attention, A4 one without FFN, ``/2`` a number of kv heads and ``:1024`` one of channels.
+        """
         blocks = []
         for word in text.split():
             match = _BLOCK.fullmatch(word)
             if match is None:
-                raise UserError(f"'{word}' is no block of a plan; blocks look like A3F3, -F4, -F5+6 or A7")
+                raise UserError(f"'{word}' is no block of a plan; blocks look like A3F3, -F4, -F5+6, A7 or A8/1F8:1024")
             attention = match["attention"]
-            ffns = tuple(Ffn(int(layer)) for layer in match["ffns"].split("+")) if match["ffns"] else ()
-            blocks.append(Block(Attention(int(attention)) if attention else None, ffns))
+            ffns = tuple(Ffn(*_numbers(ffn, ":")) for ffn in match["ffns"].split("+")) if match["ffns"] else ()
+            blocks.append(Block(Attention(*_numbers(attention, "/")) if attention else None, ffns))
         return cls(tuple(blocks))
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
-        """Inverse of `to_json`."""
+        """Inverse of `to_json`; both formats are read alike."""
         try:
             data = json.loads(text)
-            if data["format"] != FORMAT:
-                raise UserError(f"plan has format {data['format']!r}, expected {FORMAT!r}")
+            if data["format"] not in (FORMAT, SIZED_FORMAT):
+                raise UserError(f"plan has format {data['format']!r}, expected {FORMAT!r} or {SIZED_FORMAT!r}")
             return cls(
                 tuple(
                     Block(
-                        Attention(_layer(block["attention"])) if block["attention"] else None,
-                        tuple(Ffn(_layer(ffn)) for ffn in block["ffns"]),
+                        Attention(*_entry(block["attention"], "kv_heads")) if block["attention"] else None,
+                        tuple(Ffn(*_entry(ffn, "width")) for ffn in block["ffns"]),
                     )
                     for block in data["blocks"]
                 )
@@ -118,17 +146,18 @@ class Plan:
             raise UserError(f"not a plan file: {error!r}; a plan has 'format' and 'blocks'") from error
 
     def to_json(self) -> str:
-        """Readable JSON, one block a line, so that plans diff well."""
+        """Readable JSON, one block a line, so that plans diff well. Sizes that are the parent's own are left out."""
         lines = [
             json.dumps(
                 {
-                    "attention": {"layer": block.attention.layer} if block.attention else None,
-                    "ffns": [{"layer": ffn.layer} for ffn in block.ffns],
+                    "attention": _stated(block.attention) if block.attention else None,
+                    "ffns": [_stated(ffn) for ffn in block.ffns],
                 }
             )
             for block in self.blocks
         ]
-        return f'{{\n  "format": "{FORMAT}",\n  "blocks": [\n    ' + ",\n    ".join(lines) + "\n  ]\n}\n"
+        version = SIZED_FORMAT if self.kv_heads or self.widths else FORMAT
+        return f'{{\n  "format": "{version}",\n  "blocks": [\n    ' + ",\n    ".join(lines) + "\n  ]\n}\n"
 
     def __str__(self) -> str:
         return " ".join(map(str, self.blocks))
@@ -142,6 +171,17 @@ class Plan:
     def ffn_layers(self) -> list[int]:
         """Source layers whose FFN is kept, in plan order."""
         return [ffn.layer for block in self.blocks for ffn in block.ffns]
+
+    @property
+    def kv_heads(self) -> dict[int, int]:
+        """Kv heads of each attention that has fewer than its parent's, by source layer."""
+        attentions = [block.attention for block in self.blocks if block.attention]
+        return {attention.layer: attention.kv_heads for attention in attentions if attention.kv_heads is not None}
+
+    @property
+    def widths(self) -> dict[int, int]:
+        """Channels of each FFN that has fewer than its parent's, by source layer."""
+        return {ffn.layer: ffn.width for block in self.blocks for ffn in block.ffns if ffn.width is not None}
 
     @property
     def groups(self) -> list[tuple[int, ...]]:
@@ -209,11 +249,22 @@ class Plan:
         return [tuple(run) for run in runs if len(run) > 1]
 
 
-def _layer(entry: dict[str, Any]) -> int:
-    layer = entry["layer"]
+def _numbers(text: str, separator: str) -> list[int]:
+    return [int(number) for number in text.split(separator)]
+
+
+def _entry(entry: dict[str, Any], size: str) -> tuple[int, int | None]:
+    """Layer and size, if there is one, of a sublayer in JSON."""
+    layer, value = entry["layer"], entry.get(size)
     if type(layer) is not int or layer < 0:
         raise ValueError(f"layer {layer!r} is no layer number")
-    return layer
+    if value is not None and type(value) is not int:
+        raise ValueError(f"{size} {value!r} of layer {layer} is no number")
+    return layer, value
+
+
+def _stated(sublayer: Attention | Ffn) -> dict[str, int]:
+    return {name: value for name, value in asdict(sublayer).items() if value is not None}
 
 
 def contiguous(layers: Iterable[int]) -> str:

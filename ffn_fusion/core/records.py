@@ -124,6 +124,19 @@ class FitSummary:
 
 
 @dataclass(frozen=True)
+class CutSummary:
+    """An FFN made narrower: the channels kept, of how many, and their share of the contribution of all (Puzzle)."""
+
+    layer: int
+    width: int
+    parent_width: int
+    share: float
+
+    def __str__(self) -> str:
+        return f"F{self.layer}: {self.width:,} of {self.parent_width:,} channels, {self.share:.1%} of the contribution"
+
+
+@dataclass(frozen=True)
 class FuseResult:
     """The student written by `fuse`."""
 
@@ -137,10 +150,12 @@ class FuseResult:
     dropped: list[str]
     fits: list[FitSummary]
     sample: Sample | None
+    cuts: list[CutSummary] = field(default_factory=list)
 
     def summary(self) -> str:
         plan = Plan.parse(self.plan)
         lines = [f"{plan}", f"{self.num_parameters:,} of {self.parent_parameters:,} parameters, layout {self.layout}"]
+        lines += [f"  {cut}" for cut in self.cuts]
         lines += [
             f"  {fit.block}: held-out error {fit.error_before:.3f} -> {fit.error_after:.3f}, strength {fit.strengths}"
             for fit in self.fits

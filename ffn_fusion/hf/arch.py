@@ -16,7 +16,8 @@ class Arch:
     """One pre-norm decoder family. Layers are ``model.layers.N.{self_attn,mlp,input_layernorm,...}`` in all of them.
 
     `inputs` names the projections that read the normalised stream; `parts` is 2 where one packed tensor holds gate
-    and up; `norm_offset` is what the norm adds to its stored weight; `layer_lists` names config lists with one entry
+    and up; `kv` names the projections with keys and values, one name where they are packed behind the queries;
+    `norm_offset` is what the norm adds to its stored weight; `layer_lists` names config lists with one entry
     a layer.
     """
 
@@ -24,6 +25,7 @@ class Arch:
     inputs: tuple[str, ...] = ("gate_proj", "up_proj")
     output: str = "down_proj"
     parts: int = 1
+    kv: tuple[str, ...] = ("k_proj", "v_proj")
     norm_offset: float = 0.0
     layer_lists: tuple[str, ...] = ("layer_types",)
 
@@ -34,7 +36,7 @@ ARCHS: dict[str, Arch] = {
     "mistral": Arch("FusedMistralForCausalLM"),
     "qwen2": Arch("FusedQwen2ForCausalLM"),
     "qwen3": Arch("FusedQwen3ForCausalLM"),
-    "phi3": Arch("FusedPhi3ForCausalLM", inputs=("gate_up_proj",), parts=2),
+    "phi3": Arch("FusedPhi3ForCausalLM", inputs=("gate_up_proj",), parts=2, kv=("qkv_proj",)),
     "granite": Arch("FusedGraniteForCausalLM"),
     "gemma": Arch("FusedGemmaForCausalLM", norm_offset=1.0),
     "smollm3": Arch("FusedSmolLM3ForCausalLM", layer_lists=("layer_types", "no_rope_layers")),

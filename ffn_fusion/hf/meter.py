@@ -10,13 +10,16 @@ from transformers import PreTrainedModel
 
 from ffn_fusion.core.losses import Reference, kl_to, reference
 from ffn_fusion.core.plan import Plan
+from ffn_fusion.core.pruning import Cuts, kept_channels
 from ffn_fusion.core.stats import Estimate, estimate
 from ffn_fusion.hf.arch import ATTENTION
 from ffn_fusion.hf.calibrate import Calibration
+from ffn_fusion.hf.contribution import contribution_of
 from ffn_fusion.hf.machine import pick_device
 from ffn_fusion.hf.model import ModelFolder, ResidentSource, assemble, student_arch
 from ffn_fusion.hf.probe import Pass, record, resume, without
 from ffn_fusion.hf.surgery import student_recipes
+from ffn_fusion.hf.walk import ParentWalk
 from ffn_fusion.settings import Fusion, Machine
 
 
@@ -41,7 +44,14 @@ class Meter:
         self._batches = [batch.to(model.device) for batch in measure.split(machine.batch_size)]
         self._references = [reference(record(model, ids, outputs=False).logits.flatten(0, 1)) for ids in self._batches]
         self._counts = [measure.shape[1]] * len(measure)
-        self._source = ResidentSource(model)
+        self._walk = ParentWalk(
+            parent,
+            ResidentSource(model),
+            device=pick_device(machine),
+            dtype=model.dtype,
+            batch_size=machine.batch_size,
+        )
+        self._contributions: dict[int, Tensor] = {}
 
     def plain(self, plan: Plan) -> Estimate:
         """KL of the plan as it is put together, nothing fitted."""
@@ -51,18 +61,19 @@ class Meter:
         """KL of the plan after the calibration that `fusion` asks for."""
         if self.fusion.calibrate == "none":
             return self.plain(plan)
-        calibration = Calibration(
-            self.parent,
-            self._source,
-            plan,
-            fusion=self.fusion,
-            device=pick_device(self.machine),
-            dtype=self.model.dtype,
-            batch_size=self.machine.batch_size,
-        )
+        calibration = Calibration(self._walk, plan, self.fusion, self._channels(plan))
         fitted = calibration.run(self._fit, known=self._fit_streams)
         fits = {calibration.output_name(fit.block): weight for fit, weight, _ in fitted}
         return self._kl_of(self._student(plan, fits))
+
+    def _channels(self, plan: Plan) -> dict[int, Tensor]:
+        """Channels kept of each FFN that the plan cuts; contributions are measured once for all plans."""
+        missing = [layer for layer in plan.widths if layer not in self._contributions]
+        if missing:
+            self._walk.enter(self._fit[: self.machine.batch_size])
+        for layer in missing:
+            self._contributions[layer] = contribution_of(self._walk, self._fit_streams[layer].clone(), layer)
+        return {layer: kept_channels(self._contributions[layer], width) for layer, width in plan.widths.items()}
 
     @cached_property
     def _fit_streams(self) -> list[Tensor]:
@@ -88,7 +99,8 @@ class Meter:
         return _per_window(ref, logits)
 
     def _student(self, plan: Plan, fits: dict[str, Tensor]) -> PreTrainedModel:
-        recipes = student_recipes(plan, self._source, student_arch(self.parent), self.fusion.norm)
+        cuts = Cuts(self.parent.head_dim, self._channels(plan))
+        recipes = student_recipes(plan, self._walk.source, student_arch(self.parent), self.fusion.norm, cuts)
         makers: dict[str, Callable[[], Tensor]] = {name: recipe.build for name, recipe in recipes.items()}
         makers |= {name: (lambda weight=weight: weight) for name, weight in fits.items()}  # type: ignore[misc]
         return assemble(self.parent, plan, makers, self.model)

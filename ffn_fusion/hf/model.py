@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from ffn_fusion.core.fusion import padded_width
+from ffn_fusion.core.cost import BlockShape
 from ffn_fusion.core.imports import BLOCK_CONFIGS, portable_blocks
 from ffn_fusion.core.plan import Attention, Block, Ffn, Plan
 from ffn_fusion.errors import UserError
 from ffn_fusion.hf.arch import ARCHS, Arch, arch_of, why_not_decilm
+from ffn_fusion.hf.block_configs import attention_entry, ffn_entry
 from ffn_fusion.hf.checkpoint import Checkpoint, Spec, fingerprint, read_json
 from ffn_fusion.hf.remote import configuration_ffn_fusion as student_config_file
 from ffn_fusion.hf.remote import modeling_ffn_fusion as student_model_file
@@ -31,9 +32,6 @@ DECILM_FIELDS = (
     *("vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "hidden_act", "rms_norm_eps"),
     *("max_position_embeddings", "rope_parameters", "initializer_range", "tie_word_embeddings", "dtype"),
     *("pad_token_id", "bos_token_id", "eos_token_id"),
-)
-_NO_ATTENTION = dict.fromkeys(("sparsify", "num_sink_tokens", "window_length")) | dict.fromkeys(
-    ("replace_with_linear", "unshifted_sink", "use_prefill_window_in_sink_attention"), False
 )
 
 
@@ -90,6 +88,20 @@ class ModelFolder:
         return int(self.config.num_hidden_layers)
 
     @property
+    def head_dim(self) -> int:
+        """Rows of the query, key and value projections that one head has."""
+        config = self.config
+        return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+    @property
+    def shapes(self) -> list[BlockShape]:
+        """Sizes of each layer."""
+        return [
+            BlockShape(0 if entry.attention.no_op else self.config.num_attention_heads // _group(entry), width)
+            for entry, width in zip(self.config.block_configs, self.config.ffn_widths, strict=True)
+        ]
+
+    @property
     def fingerprint(self) -> str:
         """Changes when a file of the model does."""
         return fingerprint([self.folder / "config.json", *self.folder.glob("*.safetensors")])
@@ -113,7 +125,7 @@ class ModelFolder:
             raise UserError(f"{self.folder} holds tensor {extra[0]}, which its config.json has no place for")
 
     def check_plan(self, plan: Plan) -> None:
-        """A plan for this parent names only sublayers that it has."""
+        """A plan for this parent names only sublayers that it has, and no sizes that it cannot be cut to."""
         for kind, named, held in (
             ("attention", plan.attention_layers, self.plan.attention_layers),
             ("FFN", plan.ffn_layers, self.plan.ffn_layers),
@@ -122,6 +134,18 @@ class ModelFolder:
             if extra:
                 raise UserError(
                     f"the plan names {kind} {extra[0]}, which {self.folder} does not have ({len(held)} there)"
+                )
+        shapes = self.shapes
+        for layer, width in plan.widths.items():
+            own = shapes[layer].ffn_width
+            if width > own:
+                raise UserError(f"the plan cuts FFN {layer} to {width:,} channels; {self.folder} has {own:,} there")
+        for layer, kv_heads in plan.kv_heads.items():
+            own = shapes[layer].kv_heads
+            if own % kv_heads:
+                raise UserError(
+                    f"the plan gives attention {layer} {kv_heads} kv heads; expected a divisor of the {own} "
+                    f"of {self.folder}, because kv heads are merged in groups of one size"
                 )
 
     def load(self, dtype: torch.dtype, device_map: str) -> PreTrainedModel:
@@ -174,8 +198,8 @@ def student_config(parent: ModelFolder, plan: Plan) -> Any:
     widths = source.ffn_widths
     fields["block_configs"] = [
         {
-            "attention": attention_entry(_group(block, source)),
-            "ffn": ffn_entry(sum(widths[ffn.layer] for ffn in block.ffns), source.hidden_size),
+            "attention": attention_entry(_heads_in_group(block, source)),
+            "ffn": ffn_entry(sum(ffn.width or widths[ffn.layer] for ffn in block.ffns), source.hidden_size),
         }
         for block in plan.blocks
     ]
@@ -204,25 +228,17 @@ def _attention_at(plan: Plan) -> list[int]:
     return layers
 
 
-def _group(block: Block, source: Any) -> int | None:
-    group: int | None = (
-        source.block_configs[block.attention.layer].attention.n_heads_in_group if block.attention else None
-    )
-    return group
+def _heads_in_group(block: Block, source: Any) -> int | None:
+    if block.attention is None:
+        return None
+    if block.attention.kv_heads is not None:
+        return int(source.num_attention_heads) // block.attention.kv_heads
+    return _group(source.block_configs[block.attention.layer])
 
 
-def attention_entry(heads_in_group: int | None) -> dict[str, Any]:
-    """One `attention` of `block_configs`, with exactly the keys that engines insist on; None: there is none."""
-    return {"no_op": heads_in_group is None, "n_heads_in_group": heads_in_group, **_NO_ATTENTION}
-
-
-def ffn_entry(width: int, hidden_size: int) -> dict[str, Any]:
-    """One `ffn` of `block_configs`; the width goes up to the next multiple of 256, which is what the layout can say."""
-    # An attention without FFN gets one of zeros (hf/surgery.py), so no width is 0.
-    padded = padded_width(max(width, 1), student_config_file.WIDTH_MULTIPLE)
-    mult = 1.5 * padded / hidden_size
-    assert student_config_file.width_of(mult, hidden_size) == padded
-    return {"no_op": False, "replace_with_linear": False, "ffn_mult": mult, "sparsify": None}
+def _group(entry: Any) -> int:
+    """Query heads a kv head."""
+    return int(entry.attention.n_heads_in_group)
 
 
 def skeleton(config: Any) -> PreTrainedModel:

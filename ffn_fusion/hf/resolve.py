@@ -13,6 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerBase
 
+from ffn_fusion.core.cost import BlockShape
 from ffn_fusion.core.imports import Group, Layout, config_plan, mergekit_plan
 from ffn_fusion.core.plan import Plan
 from ffn_fusion.errors import UserError
@@ -67,15 +68,20 @@ def load_tokenizer(model: ModelFolder, trust_remote_code: bool = False) -> PreTr
     return tokenizer
 
 
-def read_plan(text: str, num_layers: int) -> Plan:
-    """A plan for a parent of `num_layers` layers, in any of the forms of docs/formats.md."""
-    return read_source(text, num_layers)[0]
+def read_plan(text: str, parent: ModelFolder) -> Plan:
+    """A plan for this parent, in any of the forms of docs/formats.md; `UserError` if it does not fit."""
+    plan, _ = read_source(text, parent.num_layers, own=parent.shapes)
+    parent.check_plan(plan)
+    return plan
 
 
-def read_source(text: str, num_layers: int | None, groups: Sequence[Group] = ()) -> tuple[Plan, Layout | None]:
+def read_source(
+    text: str, num_layers: int | None, groups: Sequence[Group] = (), own: Sequence[BlockShape] | None = None
+) -> tuple[Plan, Layout | None]:
     """A plan in one line or in a file, another tool's included, and the layout if the file has `block_configs`.
 
-    A folder stands for its plan.json, else for its config.json. `groups` names the fused FFNs of `block_configs`.
+    A folder stands for its plan.json, else for its config.json. `groups` names the fused FFNs of `block_configs`,
+    whose other sizes are the plan's where they differ from the parent's `own`.
     Raises `UserError`, with the file's name, for what is no plan or none for `num_layers` layers (if not None).
     """
     path = Path(text).expanduser()
@@ -95,7 +101,7 @@ def read_source(text: str, num_layers: int | None, groups: Sequence[Group] = ())
         if "format" in data or "blocks" in data:
             _refuse_groups(groups)
             return Plan.from_json(path.read_text(encoding="utf-8")), None
-        return config_plan(data, num_layers, groups)
+        return config_plan(data, num_layers, groups, own)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 

@@ -10,6 +10,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ffn_fusion.core.plan import Block, Plan
+from ffn_fusion.core.pruning import Channels, Cuts
 from ffn_fusion.hf.arch import FFN, FFN_NORM, Arch
 from ffn_fusion.hf.checkpoint import Checkpoint, ShardWriter
 from ffn_fusion.hf.model import (
@@ -29,22 +30,25 @@ TOLERANCE = 2e-2
 """Relative difference allowed between a written fused FFN and its members: weights are rounded to bf16 once."""
 
 
-def write_student(parent: ModelFolder, plan: Plan, out: Path, norm: Norm, fits: Mapping[str, Path]) -> list[str]:
+def write_student(
+    parent: ModelFolder, plan: Plan, out: Path, norm: Norm, fits: Mapping[str, Path], channels: Channels
+) -> list[str]:
     """Write the student of `plan` into the existing folder `out`; returns the source tensors it leaves out.
 
-    `fits` maps tensor names to safetensors files that hold a refitted replacement. Memory holds one tensor at a time.
+    `fits` maps tensor names to safetensors files that hold a refitted replacement, `channels` has those kept of each
+    FFN that the plan cuts. Memory holds one tensor at a time.
     """
     source, arch = parent.checkpoint, student_arch(parent)
-    recipes = student_recipes(plan, source, arch, norm)
+    recipes = student_recipes(plan, source, arch, norm, Cuts(parent.head_dim, channels))
     config = student_config(parent, plan)
     for name, shape in expected_specs(config)[0].items():
         assert recipes[name].spec.shape == shape, (name, recipes[name].spec.shape, shape)
     with ShardWriter(out, {name: recipe.spec for name, recipe in recipes.items()}) as writer:
         for name, recipe in track(recipes.items(), "fuse: tensors written", len(recipes)):
             writer.write(name, _read_fit(fits[name], recipe.spec.dtype) if name in fits else recipe.build())
-    sampled = _Sampled(source, Checkpoint(out), arch, norm)
+    sampled = _Sampled(source, Checkpoint(out), arch, norm, channels)
     for index, block in enumerate(plan.blocks):
-        if block.is_fused:
+        if block.is_fused or block.is_cut:
             prefix = LAYER.format(index)
             sampled.check(block, prefix, fitted=f"{prefix}{FFN}.{arch.output}.weight" in fits)
     (out / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
@@ -61,46 +65,55 @@ def _read_fit(path: Path, dtype: torch.dtype) -> Tensor:
 
 
 class _Sampled:
-    """Compares samples of a written fused FFN with its members: some channels of each input projection on a random
-    normalised input, and some outputs of the down projection on random activations. Both together are the block."""
+    """Compares samples of a written fused or cut FFN with its members: some channels of each input projection on a
+    random normalised input, and some outputs of the down projection on random activations. Both are the block."""
 
-    def __init__(self, parent: Checkpoint, student: Checkpoint, arch: Arch, norm: Norm) -> None:
-        self.parent, self.student, self.arch, self.norm = parent, student, arch, norm
+    def __init__(self, parent: Checkpoint, student: Checkpoint, arch: Arch, norm: Norm, channels: Channels) -> None:
+        self.parent, self.student, self.arch, self.norm, self.channels = parent, student, arch, norm, channels
         self.generator = torch.Generator().manual_seed(0)
 
     def check(self, block: Block, prefix: str, fitted: bool) -> None:
         members = [LAYER.format(ffn.layer) for ffn in block.ffns]
         down = f"{FFN}.{self.arch.output}.weight"
-        widths = [self.parent.specs[member + down].shape[1] for member in members]
+        own = [self.parent.specs[member + down].shape[1] for member in members]
+        kept = [self.channels.get(ffn.layer, torch.arange(h)) for ffn, h in zip(block.ffns, own, strict=True)]
+        widths = [len(channels) for channels in kept]
         hidden_size, total = self.student.specs[prefix + down].shape
         x = torch.randn(hidden_size, generator=self.generator)
         found, wanted = [], []
-        for member, width, end in zip(members, widths, accumulate(widths), strict=True):
-            first, count = self._range(width)
-            norm_of = member if self.norm == "folded" else members[-1]
+        for index, end in enumerate(accumulate(widths)):
+            first, count = self._range(widths[index])
+            norm_of = members[index] if self.norm == "folded" else members[-1]
             for name, part in product(self.arch.inputs, range(self.arch.parts)):
                 key = f"{FFN}.{name}"
-                wanted.append(self._project(self.parent, member + key, x, norm_of, part * width + first, count))
-                at = part * total + end - width + first
-                found.append(self._project(self.student, prefix + key, x, prefix, at, count))
+                theirs = part * own[index] + kept[index][first : first + count]
+                wanted.append(self._project(self.parent, members[index] + key, x, norm_of, theirs))
+                ours = part * total + end - widths[index] + first + torch.arange(count)
+                found.append(self._project(self.student, prefix + key, x, prefix, ours))
         _assert_close(torch.cat(found), torch.cat(wanted), block)
         if not fitted:
             h = torch.randn(total, generator=self.generator)
             rows = self._range(hidden_size)
-            parts = zip(members, h[: sum(widths)].split(widths), strict=True)
-            sums = [self.parent.rows(member + down, *rows).float() @ part for member, part in parts]
+            parts = zip(members, kept, h[: sum(widths)].split(widths), strict=True)
+            sums = [self.parent.rows(member + down, *rows)[:, held].float() @ part for member, held, part in parts]
             _assert_close(self.student.rows(prefix + down, *rows).float() @ h, torch.stack(sums).sum(0), block)
 
     def _range(self, size: int) -> tuple[int, int]:
         count = min(SAMPLED, size)
         return int(torch.randint(size - count + 1, (), generator=self.generator)), count
 
-    def _project(self, source: Checkpoint, key: str, x: Tensor, norm_prefix: str, start: int, count: int) -> Tensor:
+    def _project(self, source: Checkpoint, key: str, x: Tensor, norm_prefix: str, channels: Tensor) -> Tensor:
         norm = norm_prefix + FFN_NORM
         z = x * (source.read(f"{norm}.weight").float() + self.arch.norm_offset)
         z = z + source.read(f"{norm}.bias").float() if f"{norm}.bias" in source.specs else z
-        y = source.rows(f"{key}.weight", start, count).float() @ z
-        return y + source.rows(f"{key}.bias", start, count).float() if f"{key}.bias" in source.specs else y
+        y = _picked(source, f"{key}.weight", channels).float() @ z
+        return y + _picked(source, f"{key}.bias", channels).float() if f"{key}.bias" in source.specs else y
+
+
+def _picked(source: Checkpoint, name: str, rows: Tensor) -> Tensor:
+    """Rows of a tensor, in rising order, without reading those in front of the first and behind the last."""
+    first = int(rows[0])
+    return source.rows(name, first, int(rows[-1]) - first + 1)[rows - first]
 
 
 def _assert_close(found: Tensor, wanted: Tensor, block: Block) -> None:
@@ -125,7 +138,7 @@ tags: [ffn-fusion]
 ---
 # A fused student of {parent_name}
 
-Made by ffn-fusion: attention layers removed, runs of FFNs fused into one.
+Made by ffn-fusion: attention layers removed or given fewer kv heads, FFNs made narrower or fused into one.
 
 - Plan: `{plan}`
 - {len(plan.blocks)} blocks, {len(plan.attention_layers)} attentions, {plan.num_sublayers} sequential sublayers

@@ -3,13 +3,15 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import starmap
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ffn_fusion.core import fusion
-from ffn_fusion.core.plan import Block, Plan
+from ffn_fusion.core import fusion, pruning
+from ffn_fusion.core.plan import Block, Ffn, Plan
+from ffn_fusion.core.pruning import Channels, Cuts
 from ffn_fusion.errors import UserError
 from ffn_fusion.hf.arch import ATTENTION, ATTENTION_NORM, FFN, FFN_NORM, Arch
 from ffn_fusion.hf.checkpoint import Source, Spec
@@ -17,6 +19,8 @@ from ffn_fusion.hf.remote.configuration_ffn_fusion import WIDTH_MULTIPLE
 
 Norm = Literal["folded", "last"]
 LAYER = "model.layers.{}."
+WHOLE = Cuts()
+"""For plans that give no sizes."""
 
 
 @dataclass(frozen=True)
@@ -28,17 +32,18 @@ class Recipe:
     build: Callable[[], Tensor]
 
 
-def student_recipes(plan: Plan, source: Source, arch: Arch, norm: Norm) -> dict[str, Recipe]:
+def student_recipes(plan: Plan, source: Source, arch: Arch, norm: Norm, cuts: Cuts = WHOLE) -> dict[str, Recipe]:
     """A recipe for every tensor of the student, in the order of a forward pass.
 
-    Raises `UserError` where the algebra cannot express the plan on this parent.
+    `cuts` is needed by a plan with sizes; its channels only when the recipes are built. Raises `UserError` where the
+    algebra cannot express the plan on this parent.
     """
     outside = [name for name in source.specs if not name.startswith("model.layers.")]
     head = [name for name in outside if not name.startswith("model.embed_tokens.")]
     recipes = {name: _copy(source, name) for name in outside if name not in head}
     for index, block in enumerate(plan.blocks):
         prefix = LAYER.format(index)
-        recipes |= {prefix + name: recipe for name, recipe in block_recipes(block, source, arch, norm).items()}
+        recipes |= {prefix + name: recipe for name, recipe in block_recipes(block, source, arch, norm, cuts).items()}
     return recipes | {name: _copy(source, name) for name in head}
 
 
@@ -48,13 +53,38 @@ def dropped_tensors(recipes: dict[str, Recipe], source: Source) -> list[str]:
     return sorted(set(source.specs) - used)
 
 
-def block_recipes(block: Block, source: Source, arch: Arch, norm: Norm) -> dict[str, Recipe]:
+def block_recipes(block: Block, source: Source, arch: Arch, norm: Norm, cuts: Cuts = WHOLE) -> dict[str, Recipe]:
     """Recipes of one block, by tensor name within its layer."""
     recipes: dict[str, Recipe] = {}
     if block.attention:
+        prefix = LAYER.format(block.attention.layer)
         for part in (ATTENTION_NORM, ATTENTION):
-            recipes |= _copies(source, LAYER.format(block.attention.layer), part)
-    return recipes | (_FfnRecipes(block, source, arch, norm).all() if block.ffns else _zero_ffn(source, arch))
+            recipes |= _copies(source, prefix, part)
+        if block.attention.kv_heads is not None:
+            recipes |= _merged_heads(source, prefix, arch, cuts.head_dim, block.attention.kv_heads)
+    ffns = _FfnRecipes(block, source, arch, norm, cuts.channels).all() if block.ffns else _zero_ffn(source, arch)
+    return recipes | ffns
+
+
+def _merged_heads(source: Source, prefix: str, arch: Arch, head_dim: int, kv_heads: int) -> dict[str, Recipe]:
+    """Keys and values with their heads merged into `kv_heads` by their mean, biases too; the norms of heads stay."""
+    assert head_dim
+    queries = source.specs[f"{prefix}{ATTENTION}.o_proj.weight"].shape[1]
+    packed = len(arch.kv) == 1
+    recipes = {}
+    for name in (f"{ATTENTION}.{into}.{part}" for into in arch.kv for part in ("weight", "bias")):
+        if prefix + name not in source.specs:
+            continue
+        spec = source.specs[prefix + name]
+        first, kinds = (queries, 2) if packed else (0, 1)
+        held, rows = spec.shape[0] - first, kinds * kv_heads * head_dim
+        build = partial(_pool, source, prefix + name, head_dim, held // rows, first)
+        recipes[name] = Recipe(spec._replace(shape=(first + rows, *spec.shape[1:])), (prefix + name,), build)
+    return recipes
+
+
+def _pool(source: Source, name: str, head_dim: int, group: int, first: int) -> Tensor:
+    return pruning.pool_heads(source.read(name), head_dim, group, first)
 
 
 def _copies(source: Source, prefix: str, part: str) -> dict[str, Recipe]:
@@ -94,13 +124,14 @@ def _narrowed(name: str, shape: tuple[int, ...], arch: Arch) -> tuple[int, ...]:
 
 
 class _FfnRecipes:
-    """The FFN of one block: one member copied or padded, or several fused."""
+    """The FFN of one block: one member copied, cut or padded, or several fused."""
 
-    def __init__(self, block: Block, source: Source, arch: Arch, norm: Norm) -> None:
+    def __init__(self, block: Block, source: Source, arch: Arch, norm: Norm, channels: Channels) -> None:
         self.prefixes = [LAYER.format(ffn.layer) for ffn in block.ffns]
-        self.source, self.arch = source, arch
+        self.source, self.arch, self.channels = source, arch, channels
+        self.members = block.ffns
         self.folds = block.is_fused and norm == "folded"
-        self.width = fusion.padded_width(sum(map(self._width, self.prefixes)), WIDTH_MULTIPLE)
+        self.width = fusion.padded_width(sum(map(self._width, self.members)), WIDTH_MULTIPLE)
         self.hidden_size, self.dtype = self._spec(self.prefixes[0], f"{FFN}.{arch.output}.weight")
         self._check()
 
@@ -147,7 +178,7 @@ class _FfnRecipes:
 
     def _member(self, index: int, name: str, part: int) -> Tensor:
         prefix = self.prefixes[index]
-        weight = self.source.read(f"{prefix}{FFN}.{name}.weight").chunk(self.arch.parts)[part]
+        weight = self._kept(index, self.source.read(f"{prefix}{FFN}.{name}.weight").chunk(self.arch.parts)[part], 0)
         if not self.folds:
             return weight
         gain = self.source.read(f"{prefix}{FFN_NORM}.weight")
@@ -160,15 +191,17 @@ class _FfnRecipes:
             self._names(norm_bias) + self._names(f"{FFN}.{name}.weight") if self.folds and self._has(norm_bias) else ()
         )
 
-        def member(prefix: str) -> Tensor:
+        def member(index: int, prefix: str) -> Tensor:
             bias = self.source.read(f"{prefix}{FFN}.{name}.bias")
-            if not extra:
-                return bias
-            weight = self.source.read(f"{prefix}{FFN}.{name}.weight")
-            return fusion.fold_bias(weight, self.source.read(prefix + norm_bias), bias)
+            if extra:
+                weight = self.source.read(f"{prefix}{FFN}.{name}.weight")
+                bias = fusion.fold_bias(weight, self.source.read(prefix + norm_bias), bias)
+            return self._kept(index, bias, 0)
 
         return self._recipe(
-            (self.width,), biases + extra, lambda: fusion.stack_rows(map(member, self.prefixes), self.width)
+            (self.width,),
+            biases + extra,
+            lambda: fusion.stack_rows(starmap(member, enumerate(self.prefixes)), self.width),
         )
 
     def _output_weight(self) -> Recipe:
@@ -176,8 +209,19 @@ class _FfnRecipes:
         return self._recipe(
             (self.hidden_size, self.width),
             names,
-            lambda: fusion.stack_columns(map(self.source.read, names), self.width),
+            lambda: fusion.stack_columns(
+                (self._kept(index, self.source.read(each), 1) for index, each in enumerate(names)), self.width
+            ),
         )
+
+    def _kept(self, index: int, tensor: Tensor, dim: int) -> Tensor:
+        """Of a member that is cut, the channels that are kept."""
+        member = self.members[index]
+        if member.width is None:
+            return tensor
+        channels = self.channels[member.layer]
+        assert len(channels) == member.width
+        return tensor.index_select(dim, channels.to(tensor.device))
 
     def _check(self) -> None:
         """Refuse what has no exact fused form: a norm bias without an FFN bias to fold it into."""
@@ -200,5 +244,6 @@ class _FfnRecipes:
         spec = self.source.specs[prefix + name]
         return spec.shape[0], spec.dtype
 
-    def _width(self, prefix: str) -> int:
-        return self.source.specs[f"{prefix}{FFN}.{self.arch.output}.weight"].shape[1]
+    def _width(self, member: Ffn) -> int:
+        down = f"{LAYER.format(member.layer)}{FFN}.{self.arch.output}.weight"
+        return member.width or self.source.specs[down].shape[1]

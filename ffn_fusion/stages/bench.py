@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from ffn_fusion.core.cost import BlockShape, Cost
+from ffn_fusion.core.cost import Cost
 from ffn_fusion.core.records import BenchModel, BenchResult, BenchRow, Spread
 from ffn_fusion.folder import Environment, Record, StageFolder, run_stage
 from ffn_fusion.hf.machine import device_map, pick_device, pick_dtype, where
@@ -81,18 +81,10 @@ def bench(
 
 def cost_of(folder: ModelFolder, dtype: torch.dtype) -> Cost:
     """Counts of a model folder."""
-    config = folder.config
-    blocks = [
-        BlockShape(
-            0 if block.attention["no_op"] else config.num_attention_heads // block.attention["n_heads_in_group"], width
-        )
-        for block, width in zip(config.block_configs, config.ffn_widths, strict=True)
-    ]
     specs = folder.checkpoint.specs
     sizes = {name: torch.Size(spec.shape).numel() for name, spec in specs.items()}
-    embedding = 0 if config.tie_word_embeddings else sizes["model.embed_tokens.weight"]
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return Cost(blocks, sum(sizes.values()), embedding, head_dim, dtype.itemsize)
+    embedding = 0 if folder.config.tie_word_embeddings else sizes["model.embed_tokens.weight"]
+    return Cost(folder.shapes, sum(sizes.values()), embedding, folder.head_dim, dtype.itemsize)
 
 
 def _counts(entry: _Loaded) -> BenchModel:

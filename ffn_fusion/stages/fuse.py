@@ -8,19 +8,23 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ffn_fusion.core.plan import Plan
-from ffn_fusion.core.records import FitSummary, FuseResult, Sample
+from ffn_fusion.core.pruning import kept_channels, share_kept
+from ffn_fusion.core.records import CutSummary, FitSummary, FuseResult
 from ffn_fusion.folder import Environment, Record, StageFolder, run_stage
 from ffn_fusion.hf.calibrate import Calibration, Streams
+from ffn_fusion.hf.contribution import Passed, measure
 from ffn_fusion.hf.machine import pick_device, pick_dtype, where
 from ffn_fusion.hf.model import ModelFolder, student_arch
 from ffn_fusion.hf.resolve import load_tokenizer, read_plan, resolve_model
 from ffn_fusion.hf.student import model_card, write_student
 from ffn_fusion.hf.text import Windows, read_windows
+from ffn_fusion.hf.walk import ParentWalk
 from ffn_fusion.progress import track
 from ffn_fusion.settings import Fusion, Machine, Text, TwoOrMore
 
 FITS = "calibration.json"
 STREAMS = "streams.safetensors"
+CONTRIBUTIONS = "contributions.safetensors"
 
 
 def fuse(
@@ -44,14 +48,13 @@ def fuse(
     out
         New student folder.
     fit_windows
-        Windows of text to fit on; one in eight of them is held out to choose the regularisation.
+        Windows of text to choose channels and to fit on; the fit holds out one in eight to choose the regularisation.
     """
     parent = resolve_model(model)
-    wanted = read_plan(plan, parent.num_layers)
-    parent.check_plan(wanted)
+    wanted = read_plan(plan, parent)
     dtype = pick_dtype(machine, parent.checkpoint)
     sample = None
-    if fusion.calibrate != "none":
+    if fusion.calibrate != "none" or wanted.widths:
         tokenizer = load_tokenizer(parent, machine.trust_remote_code)
         sample = read_windows(text, tokenizer, fit_windows, "fit")
     inputs = {
@@ -64,26 +67,65 @@ def fuse(
 
     def work(folder: StageFolder) -> tuple[FuseResult, Environment]:
         names, fits = {}, []
+        channels: dict[int, Tensor] = {}
+        cuts: list[CutSummary] = []
         if sample:
-            calibration = Calibration(
-                parent,
-                parent.checkpoint,
-                wanted,
-                fusion=fusion,
-                device=pick_device(machine),
-                dtype=dtype,
-                batch_size=machine.batch_size,
+            walk = ParentWalk(
+                parent, parent.checkpoint, device=pick_device(machine), dtype=dtype, batch_size=machine.batch_size
             )
-            fits = _calibrate(calibration, sample, folder)
-            names = {calibration.output_name(block): _fit_path(folder, block) for block in calibration.to_fit}
-        dropped = write_student(parent, wanted, folder.path, fusion.norm, names)
+            channels, cuts = _choose_channels(walk, wanted, sample, folder)
+            if fusion.calibrate != "none":
+                calibration = Calibration(walk, wanted, fusion, channels)
+                fits = _calibrate(calibration, sample, folder)
+                names = {calibration.output_name(block): _fit_path(folder, block) for block in calibration.to_fit}
+        dropped = write_student(parent, wanted, folder.path, fusion.norm, names, channels)
         layout = student_arch(parent).class_name
         card = model_card(model, wanted, layout)
         (folder.path / "README.md").write_text(card, encoding="utf-8")
-        result = _result(model, parent, wanted, folder.path, fusion, dropped, fits, sample.sample if sample else None)
+        result = FuseResult(
+            parent=model,
+            plan=str(wanted),
+            layout=layout,
+            norm=fusion.norm,
+            calibrate=fusion.calibrate,
+            num_parameters=count_parameters(ModelFolder(folder.path)),
+            parent_parameters=count_parameters(parent),
+            dropped=dropped,
+            fits=fits,
+            sample=sample.sample if sample else None,
+            cuts=cuts,
+        )
         return result, where(machine, dtype)
 
     return run_stage("fuse", out, inputs, FuseResult, work)
+
+
+def _choose_channels(
+    walk: ParentWalk, plan: Plan, windows: Windows, folder: StageFolder
+) -> tuple[dict[int, Tensor], list[CutSummary]]:
+    """Channels kept of each FFN that the plan cuts; what was measured is saved after each, so that a killed run
+    goes on from there."""
+    widths = plan.widths
+    found = _contributions(walk, sorted(widths), windows, folder) if widths else {}
+    channels = {layer: kept_channels(found[layer], width) for layer, width in widths.items()}
+    return channels, [
+        CutSummary(layer, len(kept), len(found[layer]), share_kept(found[layer], kept))
+        for layer, kept in channels.items()
+    ]
+
+
+def _contributions(walk: ParentWalk, layers: list[int], windows: Windows, folder: StageFolder) -> dict[int, Tensor]:
+    path = folder.state / CONTRIBUTIONS
+    known, found = None, {}
+    if path.is_file():
+        tensors = load_file(path)
+        stream = tensors.pop("stream")
+        found = {int(layer): tensor for layer, tensor in tensors.items()}
+        known = Passed(max(found) + 1, stream, found)
+    for passed in track(measure(walk, windows.ids, layers, known), "fuse: FFNs measured", len(layers) - len(found)):
+        found = passed.found
+        _save(path, {"stream": passed.stream} | {str(layer): tensor for layer, tensor in found.items()})
+    return found
 
 
 def _calibrate(calibration: Calibration, windows: Windows, folder: StageFolder) -> list[FitSummary]:
@@ -117,30 +159,6 @@ def _present(stream: Tensor | None) -> Tensor:
 
 def _fit_path(folder: StageFolder, block: int) -> Path:
     return folder.state / f"fit-{block}.safetensors"
-
-
-def _result(
-    name: str,
-    parent: ModelFolder,
-    plan: Plan,
-    student: Path,
-    fusion: Fusion,
-    dropped: list[str],
-    fits: list[FitSummary],
-    sample: Sample | None,
-) -> FuseResult:
-    return FuseResult(
-        parent=name,
-        plan=str(plan),
-        layout=student_arch(parent).class_name,
-        norm=fusion.norm,
-        calibrate=fusion.calibrate,
-        num_parameters=count_parameters(ModelFolder(student)),
-        parent_parameters=count_parameters(parent),
-        dropped=dropped,
-        fits=fits,
-        sample=sample,
-    )
 
 
 def count_parameters(model: ModelFolder) -> int:

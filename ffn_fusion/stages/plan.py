@@ -48,7 +48,8 @@ def plan(
     if _is_ordinary(folder) and not groups:
         found, layout = folder.plan, None
     else:
-        found, layout = read_source(source, num_layers, tuple(map(parse_group, groups)))
+        own = held.shapes if held else None
+        found, layout = read_source(source, num_layers, tuple(map(parse_group, groups)), own)
     if held:
         held.check_plan(found)
     if out is not None:

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -91,12 +92,14 @@ def run(
     )
     best = Plan.parse(found.result.plan)
     student = out / "student"
-    fuse(model, plan=str(best), out=student, fit_windows=fit_windows, fusion=fusion, text=text, machine=machine)
+    # The text for all of them: channels are chosen by it where the plan cuts FFNs.
+    build = partial(fuse, model, fit_windows=fit_windows, text=text, machine=machine)
+    build(plan=str(best), out=student, fusion=fusion)
     students = [student]
     if steps:
         unfused, plain = out / "steps" / "attention-removed", out / "steps" / "fused-not-calibrated"
-        fuse(model, plan=str(best.unfused()), out=unfused, fusion=PLAIN, machine=machine)
-        fuse(model, plan=str(best), out=plain, fusion=replace(PLAIN, norm=fusion.norm), machine=machine)
+        build(plan=str(best.unfused()), out=unfused, fusion=PLAIN)
+        build(plan=str(best), out=plain, fusion=replace(PLAIN, norm=fusion.norm))
         students = [unfused, plain, student]
     held_out = replace(HELD_OUT, text=eval_text, column=text.column, seed=text.seed)
     scored = evaluate(

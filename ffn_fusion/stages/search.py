@@ -88,7 +88,7 @@ def search(
                 steps.append(SearchStep("begin with the plan given", unfused, True))
             else:
                 base, unfused = _remove(parent.plan, analysed, _Removals(meter, folder), budget, steps)
-            widths = parent.config.ffn_widths
+            widths = [base.widths.get(layer, own) for layer, own in enumerate(parent.config.ffn_widths)]
             merges = propose_merges(base, analysed.ffn_dependency, widths, budget.max_fused_width, budget.skip_last)
             limit = budget.max_kl if budget.max_kl is not None else unfused.mean * (1 + budget.fusion_slack)
             found, kl = fuse_within(base, merges, measure_fused, limit, budget.trials, steps)
@@ -113,10 +113,7 @@ def given_plans(
         raise UserError(f"--start says which attentions are removed, and so does {other}; choose one")
     if plan is None and start is None and budget.remove_attention is None and budget.max_kl is None:
         raise UserError("say how far to go: --max-kl X, --remove-attention N, --plan 'A0F0 ...', or --start PLAN")
-    given, begun = (None if text is None else read_plan(text, parent.num_layers) for text in (plan, start))
-    for found in (given, begun):
-        if found:
-            parent.check_plan(found)
+    given, begun = (None if text is None else read_plan(text, parent) for text in (plan, start))
     return given, begun.unfused() if begun else None
 
 
@@ -195,7 +192,7 @@ def fuse_within(
 
 
 def _predicted(parent: Plan, plan: Plan, analysed: AnalyzeResult) -> float:
-    """Sum of the single-removal scores of everything the plan leaves out."""
+    """Sum of the single-removal scores of everything the plan leaves out; narrower sublayers have no score."""
     attentions = set(parent.attention_layers) - set(plan.attention_layers)
     ffns = set(parent.ffn_layers) - set(plan.ffn_layers)
     scores = [analysed.attention[layer] for layer in attentions] + [analysed.ffn[layer] for layer in ffns]

@@ -1,6 +1,7 @@
 """Slow, obvious versions of what ffn_fusion does, to compare with. Nothing here imports its arithmetic."""
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,10 +96,71 @@ def grouping(
 
 
 @torch.no_grad()
-def planned_logits(stock: nn.Module, plan: Plan, ids: Tensor, norm: str) -> Tensor:
+def top_channels(stock: nn.Module, ids: Tensor, layer: int, width: int) -> list[int]:
+    """The channels of one FFN that change its output most when they are dropped, mean over all tokens, in order.
+
+    Each channel is dropped by itself on each token, and the change of the output is measured.
+    """
+    seen: list[Tensor] = []
+    output = output_of(stock.model.layers[layer].mlp)
+    hook = output.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    stock(input_ids=ids, use_cache=False)
+    hook.remove()
+    tokens = seen[0].flatten(0, -2).double()
+    weight = output.weight.double()
+    scores = []
+    for channel in range(tokens.shape[1]):
+        whole = tokens @ weight.T
+        dropped = tokens.clone()
+        dropped[:, channel] = 0
+        scores.append(float((whole - dropped @ weight.T).norm(dim=-1).mean()))
+    return sorted(sorted(range(len(scores)), key=lambda channel: -scores[channel])[:width])
+
+
+def output_of(mlp: nn.Module) -> nn.Linear:
+    return mlp.c_proj if hasattr(mlp, "c_proj") else mlp.down_proj
+
+
+def narrowed(mlp: nn.Module, channels: Sequence[int]) -> nn.Module:
+    """A copy in which only these channels reach the output; none is taken out."""
+    mlp = copy.deepcopy(mlp)
+    weight = output_of(mlp).weight
+    for channel in range(weight.shape[1]):
+        if channel not in channels:
+            weight[:, channel] = 0
+    return mlp
+
+
+def merged(attention: nn.Module, kv_heads: int) -> nn.Module:
+    """A copy that keeps all of its kv heads, each now the mean of its group of neighbours: the same function."""
+    attention, head_dim = copy.deepcopy(attention), attention.head_dim
+    own = attention.config.num_key_value_heads
+    if hasattr(attention, "qkv_proj"):
+        queries = attention.config.num_attention_heads * head_dim
+        starts = [(attention.qkv_proj, queries), (attention.qkv_proj, queries + own * head_dim)]
+    else:
+        starts = [(attention.k_proj, 0), (attention.v_proj, 0)]
+    for projection, start in starts:
+        for tensor in projection.parameters():
+            for first in range(0, own, own // kv_heads):
+                heads = [
+                    slice(start + head * head_dim, start + (head + 1) * head_dim)
+                    for head in range(first, first + own // kv_heads)
+                ]
+                mean = sum(tensor[head].clone() for head in heads) / len(heads)
+                for head in heads:
+                    tensor[head] = mean
+    return attention
+
+
+@torch.no_grad()
+def planned_logits(
+    stock: nn.Module, plan: Plan, ids: Tensor, norm: str, channels: Mapping[int, Sequence[int]] | None = None
+) -> Tensor:
     """Logits of `plan`, from the stock model's own sublayers called by hand.
 
     The stock forward runs once to learn what it hands to each layer; its last layer's output is then replaced.
+    `channels` are those kept of each FFN that the plan cuts.
     """
     layers = stock.model.layers
     inputs: list[Tensor] = []
@@ -109,7 +171,7 @@ def planned_logits(stock: nn.Module, plan: Plan, ids: Tensor, norm: str) -> Tens
         handed.append(kwargs)
 
     def replace(_: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor:
-        return by_hand(layers, plan, inputs[0], handed, norm)
+        return by_hand(layers, plan, inputs[0], handed, norm, channels or {})
 
     hooks: list[Any] = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in layers]
     hooks.append(layers[-1].register_forward_hook(replace))
@@ -120,18 +182,28 @@ def planned_logits(stock: nn.Module, plan: Plan, ids: Tensor, norm: str) -> Tens
             hook.remove()
 
 
-def by_hand(layers: nn.ModuleList, plan: Plan, x: Tensor, handed: Sequence[dict[str, Any]], norm: str) -> Tensor:
+def by_hand(
+    layers: nn.ModuleList,
+    plan: Plan,
+    x: Tensor,
+    handed: Sequence[dict[str, Any]],
+    norm: str,
+    channels: Mapping[int, Sequence[int]],
+) -> Tensor:
     """The residual stream after all blocks of a plan."""
     for block in plan.blocks:
         if block.attention is not None:
             layer = layers[block.attention.layer]
-            attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(x), **handed[block.attention.layer])
+            kv_heads = block.attention.kv_heads
+            attention = layer.self_attn if kv_heads is None else merged(layer.self_attn, kv_heads)
+            attended, _ = attention(hidden_states=layer.input_layernorm(x), **handed[block.attention.layer])
             x = add(layer, x, attended)
         shared = x
         for member in block.ffns:
             layer = layers[member.layer]
             owner = layers[block.ffns[-1].layer] if norm == "last" else layer
-            x = add(layer, x, layer.mlp(owner.post_attention_layernorm(shared)))
+            mlp = layer.mlp if member.width is None else narrowed(layer.mlp, channels[member.layer])
+            x = add(layer, x, mlp(owner.post_attention_layernorm(shared)))
     return x
 
 

@@ -14,6 +14,7 @@ from ffn_fusion.hf.calibrate import Calibration, Streams, blocks_to_fit
 from ffn_fusion.hf.meter import Meter
 from ffn_fusion.hf.model import ModelFolder
 from ffn_fusion.hf.probe import record
+from ffn_fusion.hf.walk import ParentWalk
 from ffn_fusion.settings import Fusion, Machine
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "granite", "gemma", "smollm3", "arcee", "starcoder2")
@@ -23,15 +24,10 @@ MACHINE = Machine(batch_size=3)
 
 def calibration(folder: ModelFolder, plan: Plan, target: str = "parent") -> Calibration:
     fusion = Fusion(calibrate=target)  # type: ignore[arg-type]
-    return Calibration(
-        folder,
-        folder.checkpoint,
-        plan,
-        fusion=fusion,
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        batch_size=MACHINE.batch_size,
+    walk = ParentWalk(
+        folder, folder.checkpoint, device=torch.device("cpu"), dtype=torch.float32, batch_size=MACHINE.batch_size
     )
+    return Calibration(walk, plan, fusion, {})
 
 
 def windows(count: int, seed: int) -> Tensor:
@@ -121,6 +117,13 @@ def test_blocks_to_fit_are_those_that_differ_from_the_parent() -> None:
     assert blocks_to_fit(parent, parent, "parent") == []
     dropped = Plan.parse("A0F0 A1F1 A3F3 A4F4 A5F5")
     assert blocks_to_fit(dropped, parent, "parent") == [1]  # it stands where layer 2 was
+
+
+def test_blocks_of_other_sizes_than_the_parents_are_fitted() -> None:
+    parent = Plan.identity(6)
+    plan = Plan.parse("A0F0 A1F1:64 A2F2 A3/1F3 A4/1 A5F5")
+    assert blocks_to_fit(plan, parent, "parent") == [1, 3, 5]
+    assert blocks_to_fit(plan, parent, "unfused") == [1]
 
 
 def test_an_ffn_answers_for_the_attention_without_ffn_in_front_of_it() -> None:

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ffn_fusion.core.plan import Plan
+from ffn_fusion.core.pruning import Channels, Cuts
 from ffn_fusion.hf.arch import ARCHS, REFUSED
 from ffn_fusion.hf.checkpoint import Checkpoint
 from ffn_fusion.hf.model import ModelFolder, expected_specs, materialise, skeleton, student_arch, student_config
@@ -43,9 +44,10 @@ def ids() -> torch.Tensor:
     return torch.randint(4, VOCAB_SIZE, (2, 12), generator=torch.Generator().manual_seed(5))
 
 
-def in_memory(parent: ModelFolder, plan: Plan, norm: str) -> nn.Module:
+def in_memory(parent: ModelFolder, plan: Plan, norm: str, channels: Channels | None = None) -> nn.Module:
     """The student as `fuse` makes it, without a folder."""
-    recipes = student_recipes(plan, parent.checkpoint, student_arch(parent), norm)  # type: ignore[arg-type]
+    cuts = Cuts(parent.head_dim, channels or {})
+    recipes = student_recipes(plan, parent.checkpoint, student_arch(parent), norm, cuts)  # type: ignore[arg-type]
     model = skeleton(student_config(parent, plan))
     materialise(model, {name: recipe.build for name, recipe in recipes.items()}, torch.device("cpu"), torch.float32)
     trunk = model.model

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from reference import one_line
 
+from ffn_fusion.core.cost import BlockShape
 from ffn_fusion.core.imports import (
     Layout,
     LayoutBlock,
@@ -18,7 +19,7 @@ from ffn_fusion.core.imports import (
 )
 from ffn_fusion.core.plan import Plan
 from ffn_fusion.hf.remote.configuration_ffn_fusion import width_of
-from ffn_fusion.hf.resolve import read_plan, read_source
+from ffn_fusion.hf.resolve import read_source
 
 # Llama-3_1-Nemotron-Ultra-253B-v1, as released: (config slots, attention there, FFN width). All other slots are empty.
 ULTRA = [
@@ -185,6 +186,24 @@ def test_super_49b_is_read_as_it_was_released() -> None:
     plan = layout.plan(80)
     assert plan == Plan.identity(80).without_attention(SUPER_REMOVED)
     assert plan.groups == []
+
+
+def test_sizes_that_differ_from_the_parents_are_the_plans() -> None:
+    plan = Layout.of(super_49b()).plan(80, own=[BlockShape(8, 28_672)] * 80)
+    widths = {layer: w for first, last, _, w in SUPER for layer in range(first, last + 1) if w != 28_672}
+    assert plan.widths == widths
+    assert plan.kv_heads == {}
+    assert str(plan).startswith("A0F0:14336 A1F1 A2F2 A3F3 A4F4 A5F5 -F6:14336")
+    layout = Layout.of(puzzletron((4, 96), (0, 64), (1, 0), (2, 96)))
+    own = [BlockShape(4, 96)] * 4
+    assert str(layout.plan(4, own=own)) == "A0F0 -F1:64 A2/1 A3/2F3"
+    assert str(layout.plan(5, [(1, 2)], [BlockShape(4, 128)] * 5)) == "A0F0:96 -F1+2 A3/1 A4/2F4:96", "members unknown"
+    assert str(layout.plan(4)) == "A0F0 -F1 A2 A3F3", "without the parent's sizes nothing is known to differ"
+
+
+def test_a_width_that_is_the_parents_own_rounded_up_is_no_cut() -> None:
+    layout = Layout.of(nemotron_config([(True, 1_536), (True, 1_280)], 576, 8))
+    assert str(layout.plan(2, own=[BlockShape(8, 1_500)] * 2)) == "A0F0 A1F1:1280"
 
 
 def test_parameters_are_those_of_the_sizes() -> None:
@@ -393,6 +412,10 @@ def test_mergekit_slices_end_before_their_last_number() -> None:
 )
 def test_a_merge_that_is_no_plan_is_refused_with_the_reason(data: dict[str, Any], says: list[str]) -> None:
     one_line(lambda: mergekit_plan(data, 6), *says)
+
+
+def read_plan(text: str, num_layers: int) -> Plan:
+    return read_source(text, num_layers)[0]
 
 
 def write(path: Path, data: Any) -> str:

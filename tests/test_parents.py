@@ -21,6 +21,7 @@ from ffn_fusion.hf.meter import Meter
 from ffn_fusion.hf.model import ModelFolder, student_config
 from ffn_fusion.hf.probe import record
 from ffn_fusion.hf.student import write_student
+from ffn_fusion.hf.walk import ParentWalk
 from ffn_fusion.settings import Budget, Fusion, Machine, Text
 from ffn_fusion.stages.analyze import analyze
 from ffn_fusion.stages.bench import bench
@@ -151,7 +152,7 @@ def test_a_parent_of_uneven_blocks_computes_what_its_blocks_say(
 @torch.no_grad()
 @pytest.mark.parametrize("plan", [PLAN, FUSED, "A0F0 A1F1 A3 A6F4+5 -F7", "A0 A1F1 -F4+5 A3 A6 -F7"])
 def test_its_student_computes_what_the_plan_says(plan: str, puzzled: ModelFolder, ids: Tensor, tmp_path: Path) -> None:
-    write_student(puzzled, Plan.parse(plan), tmp_path, "folded", {})
+    write_student(puzzled, Plan.parse(plan), tmp_path, "folded", {}, {})
     student = ModelFolder(tmp_path)
     found = student.load(torch.float32, "cpu")(input_ids=ids).logits
     assert relative_error(found.double(), plain_logits(puzzled.folder, Plan.parse(plan), ids)) < 1e-4
@@ -166,7 +167,7 @@ def test_its_student_computes_what_the_plan_says(plan: str, puzzled: ModelFolder
 
 
 def test_an_attention_without_ffn_gets_one_of_zeros_behind_a_neutral_norm(puzzled: ModelFolder, tmp_path: Path) -> None:
-    write_student(puzzled, Plan.parse(PLAN), tmp_path, "folded", {})
+    write_student(puzzled, Plan.parse(PLAN), tmp_path, "folded", {}, {})
     tensors = load_file(tmp_path / "model.safetensors")
     assert tensors["model.layers.2.mlp.gate_proj.weight"].shape == (256, 64)
     assert tensors["model.layers.2.mlp.down_proj.weight"].shape == (64, 256)
@@ -183,7 +184,7 @@ def test_an_attention_without_ffn_gets_one_of_zeros_behind_a_neutral_norm(puzzle
 def test_the_neutral_norm_is_the_familys_own(
     family: str, neutral: float, tiny_parent: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    write_student(ModelFolder(tiny_parent(family)), Plan.parse("A0F0 A1 A2F2"), tmp_path, "folded", {})
+    write_student(ModelFolder(tiny_parent(family)), Plan.parse("A0F0 A1 A2F2"), tmp_path, "folded", {}, {})
     tensors = load_file(tmp_path / "model.safetensors")
     assert torch.equal(tensors["model.layers.1.post_attention_layernorm.weight"], torch.full((64,), neutral))
     others = [t for n, t in tensors.items() if n.startswith("model.layers.1.mlp.")]
@@ -229,12 +230,8 @@ def test_an_uneven_parent_can_be_measured_and_fitted(puzzled: ModelFolder) -> No
 def test_a_fit_on_an_uneven_parent_streams_as_the_model_does(puzzled: ModelFolder) -> None:
     """From disk, one layer at a time, padding and attentions without FFN included."""
     ids = windows(16, 0)
-    calibration = Calibration(
-        *(puzzled, puzzled.checkpoint, Plan.parse(FUSED.replace("A7F7", "-F7"))),
-        fusion=Fusion(),
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-    )
+    walk = ParentWalk(puzzled, puzzled.checkpoint, device=torch.device("cpu"), dtype=torch.float32)
+    calibration = Calibration(walk, Plan.parse(FUSED.replace("A7F7", "-F7")), Fusion(), {})
     *_, (_, _, state) = calibration.run(ids)
     model = puzzled.load(torch.float32, "cpu")
     torch.testing.assert_close(state.parent, record(model, ids).streams[-1], rtol=1e-4, atol=1e-4)

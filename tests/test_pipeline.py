@@ -158,13 +158,16 @@ def test_a_student_can_be_a_parent_again(finished: Path, tmp_path: Path) -> None
     assert torch.equal(a, b)
 
 
-def test_a_killed_calibration_continues_and_gives_the_same_student(
-    tiny_parent: Callable[[str], Path], texts: tuple[Path, Path], tmp_path: Path
+@pytest.mark.parametrize(
+    ("plan", "saved"), [(PLAN, "calibration.json"), ("A0/1F0:64 A1F1:40+2 A3F3:90 A5F5", "contributions.safetensors")]
+)
+def test_a_killed_fuse_continues_and_gives_the_same_student(
+    plan: str, saved: str, tiny_parent: Callable[[str], Path], texts: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-m", "ffn_fusion", "fuse", str(tiny_parent("llama")), "--plan", PLAN]
+    command = [sys.executable, "-m", "ffn_fusion", "fuse", str(tiny_parent("llama")), "--plan", plan]
     command += ["--text", str(texts[0]), "--length", "32", "--fit-windows", "16"]
     subprocess.run([*command, "--out", tmp_path / "whole"], check=True, capture_output=True)
-    state = tmp_path / ".killed.partial" / "state" / "calibration.json"
+    state = tmp_path / ".killed.partial" / "state" / saved
     process = subprocess.Popen([*command, "--out", tmp_path / "killed"], stderr=subprocess.DEVNULL)
     while process.poll() is None and not state.exists():
         time.sleep(0.002)

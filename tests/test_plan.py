@@ -1,6 +1,7 @@
 """Plans: what is one, what is none, and what search and fusion may do to one."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -8,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reference import one_line
 
-from ffn_fusion.core.plan import FORMAT, Attention, Block, Ffn, Plan, contiguous
+from ffn_fusion.core.plan import FORMAT, SIZED_FORMAT, Attention, Block, Ffn, Plan, contiguous
 
 
 @st.composite
 def plans(draw: st.DrawFn, ordered: bool = False) -> Plan:
-    """Any valid plan of up to nine layers: sublayers dropped, fused and (unless `ordered`) reordered.
+    """Any valid plan of up to nine layers: sublayers dropped, fused, made smaller and (unless `ordered`) reordered.
 
     Attentions without FFN stand between the other blocks.
     """
@@ -36,7 +37,16 @@ def plans(draw: st.DrawFn, ordered: bool = False) -> Plan:
         if free and draw(st.booleans()):
             blocks.append(Block(Attention(free[0]), ()))
             alone.remove(free[0])
-    return Plan(tuple(blocks))
+    sizes = st.none() | st.integers(1, 30_000)
+    return Plan(
+        tuple(
+            Block(
+                replace(block.attention, kv_heads=draw(sizes)) if block.attention else None,
+                tuple(replace(ffn, width=draw(sizes)) for ffn in block.ffns),
+            )
+            for block in blocks
+        )
+    )
 
 
 @given(plans())
@@ -49,9 +59,43 @@ def test_text_and_json_give_the_same_plan_back(plan: Plan) -> None:
 @given(plans())
 def test_json_has_one_line_a_block(plan: Plan) -> None:
     data = json.loads(plan.to_json())
-    assert data["format"] == FORMAT
+    assert data["format"] == (SIZED_FORMAT if plan.widths or plan.kv_heads else FORMAT)
     assert len(data["blocks"]) == len(plan.blocks)
     assert len(plan.to_json().splitlines()) == len(plan.blocks) + 5
+
+
+@given(plans())
+def test_sizes_stay_with_their_sublayers(plan: Plan) -> None:
+    unfused = plan.unfused()
+    assert (unfused.widths, unfused.kv_heads) == (plan.widths, plan.kv_heads)
+    removed = plan.attention_layers[1:]
+    left = plan.without_attention(removed)
+    assert left.widths == plan.widths
+    assert left.kv_heads == {layer: n for layer, n in plan.kv_heads.items() if layer not in removed}
+
+
+def test_sizes_are_read_and_written() -> None:
+    plan = Plan.parse("A0/2F0 A6/1F2:1024 -F3:512+4+5:1024 A7/4")
+    assert plan.blocks[1] == Block(Attention(6, 1), (Ffn(2, 1024),))
+    assert plan.blocks[2] == Block(None, (Ffn(3, 512), Ffn(4), Ffn(5, 1024)))
+    assert plan.kv_heads == {0: 2, 6: 1, 7: 4}
+    assert plan.widths == {2: 1024, 3: 512, 5: 1024}
+    assert [block.is_cut for block in plan.blocks] == [False, True, True, False]
+    assert json.loads(plan.to_json())["blocks"][2] == {
+        "attention": None,
+        "ffns": [{"layer": 3, "width": 512}, {"layer": 4}, {"layer": 5, "width": 1024}],
+    }
+    assert json.loads(plan.to_json())["blocks"][3] == {"attention": {"layer": 7, "kv_heads": 4}, "ffns": []}
+    assert Plan.parse("A0F0 A1F1") != Plan.parse("A0F0 A1F1:64")
+
+
+def test_the_file_of_a_plan_without_sizes_is_what_it_was() -> None:
+    text = Plan.parse("A0F0 -F1+2").to_json()
+    assert text == (
+        '{\n  "format": "ffn-fusion-plan/1",\n  "blocks": [\n'
+        '    {"attention": {"layer": 0}, "ffns": [{"layer": 0}]},\n'
+        '    {"attention": null, "ffns": [{"layer": 1}, {"layer": 2}]}\n  ]\n}\n'
+    )
 
 
 @given(st.integers(1, 9))
@@ -98,6 +142,14 @@ def test_a_plan_can_be_read_sublayer_by_sublayer() -> None:
         ("A0F0 a1f1", "'a1f1'"),
         ("A0F0 A-1F1", "'A-1F1'"),
         ("A0F0 A1F1 - F2", "'-'"),
+        ("A0F0 A1/F1", "'A1/F1'"),
+        ("A0F0 A1/0F1", "attention 1 of a plan has 0 kv heads"),
+        ("A0F0 A1F1:", "'A1F1:'"),
+        ("A0F0 A1F1:0", "FFN 1 of a plan has 0 channels"),
+        ("A0F0 A1F1:-5", "'A1F1:-5'"),
+        ("A0F0 A1:2F1", "'A1:2F1'"),
+        ("A0F0 A1F1/2", "'A1F1/2'"),
+        ("A0F0 -/1F1", "'-/1F1'"),
     ],
 )
 def test_what_is_no_plan_is_refused_and_named(text: str, named: str) -> None:
@@ -151,6 +203,11 @@ def test_removing_the_attention_of_a_block_that_has_nothing_else_removes_the_blo
         f'{{"format": "{FORMAT}", "blocks": [{{"attention": {{"layer": 0}}}}]}}',
         f'{{"format": "{FORMAT}", "blocks": [{{"attention": {{"layer": "x"}}, "ffns": [{{"layer": 0}}]}}]}}',
         f'{{"format": "{FORMAT}", "blocks": [{{"attention": null, "ffns": [{{"layer": 0}}]}}]}}',
+        *(
+            f'{{"format": "{SIZED_FORMAT}", "blocks": '
+            f'[{{"attention": {{"layer": 0{kv}}}, "ffns": [{{"layer": 0{width}}}]}}]}}'
+            for kv, width in [("", ', "width": 0'), ("", ', "width": 1.5'), (', "kv_heads": true', "")]
+        ),
     ],
 )
 def test_json_that_holds_no_plan_is_refused(text: str) -> None:
@@ -209,6 +266,7 @@ def test_every_run_can_be_fused_whole_and_no_two_runs_together(plan: Plan) -> No
         assert tuple(run) in fused.groups
         assert fused.ffn_layers == plan.ffn_layers
         assert fused.attention_layers == plan.attention_layers
+        assert (fused.widths, fused.kv_heads) == (plan.widths, plan.kv_heads)
         assert fused.num_sublayers <= plan.num_sublayers
     runs = plan.runs()
     for a, b in pairwise(runs):

@@ -12,7 +12,8 @@ from reference import one_line
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ffn_fusion.core.plan import Plan
-from ffn_fusion.hf.resolve import labels, load_tokenizer, read_plan, resolve_model
+from ffn_fusion.hf.model import ModelFolder
+from ffn_fusion.hf.resolve import labels, load_tokenizer, read_plan, read_source, resolve_model
 
 
 def test_labels_are_as_short_as_they_can_be(tmp_path: Path) -> None:
@@ -126,17 +127,18 @@ def test_nan_weights_are_named_before_anything_is_measured(tiny_parent: Callable
     one_line(lambda: resolve_model(str(folder)).load(torch.float32, "cpu"), "layers.3.mlp.up_proj", "NaN")
 
 
-def test_a_plan_is_read_from_text_or_file(tmp_path: Path) -> None:
-    plan = Plan.parse("A0F0 A1F1+2")
+def test_a_plan_is_read_from_text_or_file(tiny_parent: Callable[[str], Path], tmp_path: Path) -> None:
+    plan, parent = Plan.parse("A0F0 A1/1F1:64+2"), ModelFolder(tiny_parent("llama"))
     path = tmp_path / "plan.json"
     path.write_text(plan.to_json())
-    assert read_plan(str(path), 3) == read_plan("A0F0 A1F1+2", 3) == plan
-    assert read_plan(str(tmp_path), 3) == plan
+    assert read_plan(str(path), parent) == read_plan("A0F0 A1/1F1:64+2", parent) == plan
+    assert read_plan(str(tmp_path), parent) == plan
+    one_line(lambda: read_plan("A0F0 A1F6", parent), "FFN 6")
 
 
 def test_a_plan_longer_than_a_file_name_may_be_is_read_as_text() -> None:
     plan = Plan.identity(126)
-    assert read_plan(str(plan), 126) == plan
+    assert read_source(str(plan), 126) == (plan, None)
 
 
 def test_a_broken_gguf_file_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

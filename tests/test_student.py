@@ -21,7 +21,7 @@ def test_a_right_student_passes_its_own_check(
     family: str, norm: str, tiny_parent: Callable[[str], Path], tmp_path: Path
 ) -> None:
     parent = ModelFolder(tiny_parent(family))
-    dropped = write_student(parent, PLAN, tmp_path, norm, {})  # type: ignore[arg-type]
+    dropped = write_student(parent, PLAN, tmp_path, norm, {}, {})  # type: ignore[arg-type]
     assert any("layers.2.self_attn" in name for name in dropped)
     assert not any("layers.2.mlp" in name for name in dropped)
 
@@ -51,5 +51,5 @@ def test_a_wrong_student_is_never_finished(
 ) -> None:
     monkeypatch.setattr(fusion, name, wrong)
     with pytest.raises(AssertionError, match="differs from its members"):
-        write_student(ModelFolder(tiny_parent("llama")), PLAN, tmp_path, "folded", {})
+        write_student(ModelFolder(tiny_parent("llama")), PLAN, tmp_path, "folded", {}, {})
     assert not (tmp_path / "config.json").exists()

@@ -7,7 +7,8 @@ from tempfile import TemporaryDirectory
 import torch
 from conftest import tiny_tokenizer
 
-from ffn_fusion.hf.model import PLAN_FILE, ModelFolder, attention_entry, copy_companions, ffn_entry
+from ffn_fusion.hf.block_configs import attention_entry, ffn_entry
+from ffn_fusion.hf.model import PLAN_FILE, ModelFolder, copy_companions
 from ffn_fusion.hf.remote.configuration_ffn_fusion import DeciLMConfig
 from ffn_fusion.hf.remote.modeling_ffn_fusion import DeciLMForCausalLM
 

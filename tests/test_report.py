@@ -18,6 +18,7 @@ from ffn_fusion.core.records import (
     BenchModel,
     BenchResult,
     BenchRow,
+    CutSummary,
     EvalResult,
     FitSummary,
     FuseResult,
@@ -212,6 +213,7 @@ STRIPS = [
     "A0F0 A1 A2F2+3 A5",
     "A0F0 A3 A1F1+2 A5 -F4",
     "A0 A1 A2 A3 A4 A5F5",
+    "A0/1F0:64 A1F1 -F2:32+3+4:8 A5/2F5",
 ]
 
 
@@ -234,6 +236,21 @@ def test_an_attention_without_ffn_is_one_cell_at_its_layer_and_nothing_below() -
         Cell(2, 3, 2, "2+3", "fused"),
         Cell(2, 2, 1, "", "removed"),
     ]
+
+
+def test_cells_of_smaller_sublayers_say_their_sizes() -> None:
+    cells = strip(Plan.parse("A0/1F0 A1F1:64 -F2:32+3"), 4)
+    assert {cell.label: cell.sizes for cell in cells if cell.sizes} == {"0": "A0/1", "1": "F1:64", "2+3": "F2:32+3"}
+
+
+def test_the_page_shows_what_was_made_smaller(stages: Path) -> None:
+    record = json.loads((stages / "fuse" / RECORD).read_text())
+    record["result"] |= {"plan": "A0F0 A1/1F1 -F2:64+3+4 A5F5", "cuts": [asdict(CutSummary(2, 64, 1536, 0.25))]}
+    (stages / "fuse" / RECORD).write_text(json.dumps(record))
+    page = page_of(stages)
+    assert 'smaller" title="F2:64+3+4"' in page
+    assert "F2: 64 of 1,536 channels, 25.0% of the contribution" in page
+    assert "low: with fewer channels or kv heads" in page
 
 
 def test_a_plan_out_of_order_is_as_long_as_its_blocks_those_without_ffn_included(tmp_path: Path) -> None:

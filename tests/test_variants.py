@@ -111,6 +111,9 @@ def test_recipes_announce_the_shapes_of_the_configuration_before_channels_are_kn
     assert {name: recipe.spec.shape for name, recipe in recipes.items()} == expected_specs(config)[0]
     assert config.ffn_widths == [256] * 4
     assert [block.attention.n_heads_in_group for block in config.block_configs] == [4, 2, 4, 2]
+    assert config.num_key_value_heads == 2
+    merged = student_config(parent, Plan.parse("A0/1F0 -F1 A2/1F2"))
+    assert merged.num_key_value_heads == 1, "for engines that know one number for all"
     cuts = Cuts(parent.head_dim, chosen(parent))
     for name, recipe in student_recipes(PLAN, parent.checkpoint, student_arch(parent), "folded", cuts).items():
         built = recipe.build()

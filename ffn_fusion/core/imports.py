@@ -91,6 +91,12 @@ class Layout:
         return self.num_slots - len(self.blocks)
 
     @property
+    def is_uneven(self) -> bool:
+        """Whether its attentions, or its FFNs, differ in size."""
+        sizes = [(block.kv_heads, block.ffn_width) for block in self.blocks]
+        return any(len(set(column) - {0}) > 1 for column in zip(*sizes, strict=True))
+
+    @property
     def num_parameters(self) -> int:
         """Weights of a model with gated FFNs and one gain a norm; biases and norms of queries and keys not counted."""
         d = self.hidden_size

@@ -196,12 +196,16 @@ def student_config(parent: ModelFolder, plan: Plan) -> Any:
         if isinstance(fields.get(name), list):
             fields[name] = [fields[name][layer] for layer in _attention_at(plan)]
     widths = source.ffn_widths
+    groups = [_heads_in_group(block, source) for block in plan.blocks]
+    if plan.kv_heads:
+        # What engines go by that know one number only.
+        fields["num_key_value_heads"] = source.num_attention_heads // min(filter(None, groups))
     fields["block_configs"] = [
         {
-            "attention": attention_entry(_heads_in_group(block, source)),
+            "attention": attention_entry(group),
             "ffn": ffn_entry(sum(ffn.width or widths[ffn.layer] for ffn in block.ffns), source.hidden_size),
         }
-        for block in plan.blocks
+        for block, group in zip(plan.blocks, groups, strict=True)
     ]
     fields["num_hidden_layers"] = len(plan.blocks)
     config_class = model_class(arch).config_class

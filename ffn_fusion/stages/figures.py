@@ -73,6 +73,8 @@ class Cell:
     label: str
     kind: str
     """kept, fused or removed."""
+    sizes: str = ""
+    """The sublayer in the plan's own words where it has fewer channels or kv heads than its parent's."""
 
 
 def strip(plan: Plan, num_layers: int) -> list[Cell]:
@@ -83,10 +85,12 @@ def strip(plan: Plan, num_layers: int) -> list[Cell]:
         if layers:
             first = min(layers) if plan.is_ordered else cursor
             span = max(layers) - min(layers) + 1 if plan.is_ordered else len(layers)
-            cells.append(Cell(2, first + 1, span, "+".join(map(str, layers)), "fused" if block.is_fused else "kept"))
+            kind, sizes = "fused" if block.is_fused else "kept", "F" + "+".join(map(str, block.ffns))
+            cells.append(Cell(2, first + 1, span, "+".join(map(str, layers)), kind, sizes if block.is_cut else ""))
         if block.attention:
-            column = block.attention.layer if plan.is_ordered else cursor
-            cells.append(Cell(1, column + 1, 1, str(block.attention.layer), "kept"))
+            layer = block.attention.layer
+            column, sizes = layer if plan.is_ordered else cursor, f"A{block.attention}"
+            cells.append(Cell(1, column + 1, 1, str(layer), "kept", sizes if layer in plan.kv_heads else ""))
         cursor += max(1, len(layers))
     filled = {(cell.row, column) for cell in cells for column in range(cell.column, cell.column + cell.span)}
     places = [(row, column) for row in (1, 2) for column in range(1, columns(plan, num_layers) + 1)]

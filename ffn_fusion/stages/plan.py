@@ -54,7 +54,7 @@ def plan(
         held.check_plan(found)
     if out is not None:
         _write(found, out)
-    return "\n".join(_lines(found, layout))
+    return "\n".join(_lines(found, layout, sized=held is not None))
 
 
 def _is_ordinary(model: ModelFolder) -> bool:
@@ -71,7 +71,7 @@ def _write(plan: Plan, out: Path) -> None:
         raise UserError(f"cannot write {out}: {error.strerror}") from None
 
 
-def _lines(plan: Plan, layout: Layout | None) -> Iterator[str]:
+def _lines(plan: Plan, layout: Layout | None, sized: bool) -> Iterator[str]:
     yield str(plan)
     layers = {layer for block in plan.blocks for layer in block.layers}
     yield (
@@ -87,3 +87,5 @@ def _lines(plan: Plan, layout: Layout | None) -> Iterator[str]:
             f"{layout.num_slots} slots, {layout.num_padding} of them padding, "
             f"{layout.num_parameters / 1e9:.1f} B parameters, {shown}"
         )
+        if not sized and layout.is_uneven:
+            yield "its blocks differ in size; with --parent MODEL the plan says which are smaller than the parent's"

@@ -63,6 +63,22 @@ def test_the_main_job_leaves_a_student_records_and_a_page(finished: Path, tiny_p
     assert read_record(finished / "student", FuseResult).result.parent == str(parent.folder)
 
 
+def test_the_main_job_builds_a_plan_with_sizes(
+    tiny_parent: Callable[[str], Path], texts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """The step that is not calibrated has the same channels as the student, and so the same input projections."""
+    plan, out = "A0F0 A1/1F1:64+2 -F3:40 A4/1F4 A5F5", tmp_path / "run"
+    options = ["--plan", plan, "--text", texts[0], "--eval-text", texts[1], "--eval-windows", 2]
+    assert call("run", tiny_parent("llama"), "--out", out, *options, "--fit-windows", 8, *SMALL) == 0
+    assert read_record(out / "search", SearchResult).result.plan == plan
+    results = [read_record(out / name, FuseResult).result for name in ("student", "steps/fused-not-calibrated")]
+    assert [cut.width for cut in results[0].cuts] == [64, 40]
+    assert results[0].cuts == results[1].cuts
+    for name in ("model.layers.1.mlp.up_proj.weight", "model.layers.1.self_attn.k_proj.weight"):
+        a, b = (ModelFolder(out / name).checkpoint for name in ("student", "steps/fused-not-calibrated"))
+        assert torch.equal(a.read(name), b.read(name))
+
+
 def test_a_finished_run_is_not_done_again(
     finished: Path, tiny_parent: Callable[[str], Path], texts: tuple[Path, Path]
 ) -> None:

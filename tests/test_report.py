@@ -243,11 +243,11 @@ def test_cells_of_smaller_sublayers_say_their_sizes() -> None:
     assert {cell.label: cell.sizes for cell in cells if cell.sizes} == {"0": "A0/1", "1": "F1:64", "2+3": "F2:32+3"}
 
 
-def test_the_page_shows_what_was_made_smaller(stages: Path) -> None:
+def test_the_page_shows_what_was_made_smaller(stages: Path, tmp_path: Path) -> None:
     record = json.loads((stages / "fuse" / RECORD).read_text())
     record["result"] |= {"plan": "A0F0 A1/1F1 -F2:64+3+4 A5F5", "cuts": [asdict(CutSummary(2, 64, 1536, 0.25))]}
     (stages / "fuse" / RECORD).write_text(json.dumps(record))
-    page = page_of(stages)
+    page = page_of(stages, out=tmp_path / "report.html")
     assert 'smaller" title="F2:64+3+4"' in page
     assert "F2: 64 of 1,536 channels, 25.0% of the contribution" in page
     assert "low: with fewer channels or kv heads" in page

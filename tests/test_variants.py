@@ -227,6 +227,14 @@ def test_a_fit_makes_up_for_smaller_sublayers(target: str, tiny_parent: Parent) 
     assert meter.fused(plan).mean < meter.plain(plan).mean
 
 
+def test_a_cut_plan_that_reorders_layers_is_refused_before_anything_is_measured(
+    tiny_parent: Parent, tmp_path: Path
+) -> None:
+    plan = "A0F0 A2F2:64 A1F1 A3F3 A4F4 A5F5"
+    one_line(lambda: fuse(str(tiny_parent("llama")), plan=plan, out=tmp_path / "s"), "reorders", "--calibrate none")
+    assert list(tmp_path.iterdir()) == []
+
+
 def first_channels(self: object, index: int, tensor: Tensor, dim: int) -> Tensor:
     width = self.members[index].width  # type: ignore[attr-defined]
     return tensor if width is None else tensor.narrow(dim, 0, width)

@@ -69,6 +69,12 @@ def blocks_to_fit(plan: Plan, parent: Plan, target: str) -> list[int]:
     return found
 
 
+def check_order(plan: Plan) -> None:
+    """`UserError` if no stream of the parent corresponds to those between the plan's blocks."""
+    if not plan.is_ordered:
+        raise UserError("a plan that reorders layers has no target to be fitted to; use --calibrate none")
+
+
 def _ends(plan: Plan, num_layers: int) -> list[int]:
     """Parent layer whose input corresponds to each block's output: the next block's first layer."""
     return [min(block.layers) for block in plan.blocks[1:]] + [num_layers]
@@ -80,8 +86,7 @@ class Calibration:
     def __init__(self, walk: ParentWalk, plan: Plan, fusion: Fusion, channels: Channels) -> None:
         """`channels` are those kept of each FFN that the plan cuts."""
         assert fusion.calibrate != "none"
-        if not plan.is_ordered:
-            raise UserError("a plan that reorders layers has no target to be fitted to; use --calibrate none")
+        check_order(plan)
         parent = walk.parent
         self.walk, self.plan = walk, plan
         self.norm, self.target = fusion.norm, fusion.calibrate

@@ -22,7 +22,7 @@ class Passed:
 
 def measure(walk: ParentWalk, ids: Tensor, layers: Collection[int], passed: Passed | None = None) -> Iterator[Passed]:
     """Take windows [windows, length] through the parent and yield the state, to resume from, after each of `layers`."""
-    embedded = walk.enter(ids)
+    embedded = walk.enter(ids if passed is None else ids[: walk.batch_size])
     state = passed or Passed(0, embedded, {})
     for index in range(state.layer, max(layers) + 1):
         if index in layers:

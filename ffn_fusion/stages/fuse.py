@@ -11,7 +11,7 @@ from ffn_fusion.core.plan import Plan
 from ffn_fusion.core.pruning import kept_channels, share_kept
 from ffn_fusion.core.records import CutSummary, FitSummary, FuseResult
 from ffn_fusion.folder import Environment, Record, StageFolder, run_stage
-from ffn_fusion.hf.calibrate import Calibration, Streams
+from ffn_fusion.hf.calibrate import Calibration, Streams, check_order
 from ffn_fusion.hf.contribution import Passed, measure
 from ffn_fusion.hf.machine import pick_device, pick_dtype, where
 from ffn_fusion.hf.model import ModelFolder, student_arch
@@ -52,6 +52,8 @@ def fuse(
     """
     parent = resolve_model(model)
     wanted = read_plan(plan, parent)
+    if fusion.calibrate != "none":
+        check_order(wanted)
     dtype = pick_dtype(machine, parent.checkpoint)
     sample = None
     if fusion.calibrate != "none" or wanted.widths:

@@ -109,7 +109,7 @@ def test_a_pair_scores_in_any_company_as_it_does_alone(
 def test_blocks_without_attention_do_not_disturb_the_shared_contexts(
     family: str, tiny_parent: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    write_student(ModelFolder(tiny_parent(family)), Plan.parse(STUDENTS[family]), tmp_path, "folded", {})
+    write_student(ModelFolder(tiny_parent(family)), Plan.parse(STUDENTS[family]), tmp_path, "folded", {}, {})
     assert_as_alone(ModelFolder(tmp_path).load(torch.float32, "cpu"), PAIRS)
 
 

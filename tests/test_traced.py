@@ -20,7 +20,7 @@ IDS = torch.randint(4, VOCAB_SIZE, (2, 20), generator=torch.Generator().manual_s
 
 
 def make_student(family: str, tiny_parent: Callable[[str], Path], folder: Path) -> ModelFolder:
-    write_student(ModelFolder(tiny_parent(family)), Plan.parse("A0F0 A1F1+2 -F3 A4F4+5"), folder, "folded", {})
+    write_student(ModelFolder(tiny_parent(family)), Plan.parse("A0F0 A1F1+2 -F3 A4F4+5"), folder, "folded", {}, {})
     return ModelFolder(folder)
 
 

@@ -22,7 +22,7 @@ TEXTS = ("Two  blanks", "a tab\tand\n\n1+2=3")
 def make_student(name: str, tiny_parent: Callable[[str], Path], folder: Path) -> ModelFolder:
     if name in ("llama", "qwen2", "smollm3", "granite"):
         folder.mkdir()
-        write_student(ModelFolder(tiny_parent(name)), PLAN, folder, "folded", {})
+        write_student(ModelFolder(tiny_parent(name)), PLAN, folder, "folded", {}, {})
         return ModelFolder(folder)
     return ModelFolder(save_layout(name, folder))
 

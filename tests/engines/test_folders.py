@@ -46,7 +46,7 @@ def folded_families(tmp_path_factory: pytest.TempPathFactory) -> Students:
         parent = ModelFolder(save_tiny_parent(family, folder / f"{family}-parent", **SIZES, **more))
         student = folder / f"{family}-student"
         student.mkdir()
-        write_student(parent, PLAN, student, "folded", {})
+        write_student(parent, PLAN, student, "folded", {}, {})
         made[family] = fold(ModelFolder(student), folder / family)
     return made
 

@@ -125,7 +125,7 @@ def test_llama_cpps_own_quantiser_makes_a_file_that_runs(tmp_path: Path, monkeyp
 def test_a_fused_smollm2_computes_and_chats_as_in_transformers(tmp_path: Path) -> None:
     folder = tmp_path / "student"
     folder.mkdir()
-    write_student(resolve_model("builtin:smollm2-135m"), Plan.parse(PLAN), folder, "folded", {})
+    write_student(resolve_model("builtin:smollm2-135m"), Plan.parse(PLAN), folder, "folded", {}, {})
     tokenizer = AutoTokenizer.from_pretrained(folder)
     question = [{"role": "user", "content": "What is the capital of France? Write 3 facts, in 100 words."}]
     text = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)

@@ -111,7 +111,6 @@ class SpeculateResult:
 
     def summary(self) -> str:
         accepted = f"{self.acceptance:.1%} of {self.proposed:,} proposals accepted"
-        accepted = f"{self.acceptance:.1%} of {self.proposed:,} proposals accepted"
         return (
             f"{self.target}, {self.draft} drafting {self.draft_tokens} tokens; {self.engine} {self.version}\n"
             f"{accepted}, {self.tokens_per_round:.2f} tokens a round\n"

@@ -83,8 +83,13 @@ def _probe(installed: Installed, model: Path, prompts: Sequence[list[int]], stat
     answer = state / "answer.npz"
     request = {"model": model, "prompts": prompts, "texts": HARD_TEXTS, "new_tokens": NEW_TOKENS, "answer": answer}
     installed.run(installed.engine.probe, request, state)
+    return read_answer(answer, len(HARD_TEXTS))
+
+
+def read_answer(answer: Path, num_texts: int) -> Probed:
+    """What a probe wrote (serving/probes/protocol.py)."""
     with np.load(answer) as found:
-        ids = [found[f"ids_{number}"].tolist() for number in range(len(HARD_TEXTS))]
+        ids = [found[f"ids_{number}"].tolist() for number in range(num_texts)]
         return Probed(found["tokens"], found["logits"], ids)
 
 

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,8 @@ import torch
 
 import ffn_fusion.serving.probes
 from ffn_fusion.hf.model import ModelFolder
+from ffn_fusion.serving.verify import Probed as Found
+from ffn_fusion.serving.verify import read_answer
 
 NEWEST = "newest transformers"
 """The transformers of this environment; the engine "transformers" is the oldest one supported."""
@@ -34,15 +35,6 @@ def python_of(engine: str) -> str:
 
 def needs(engine: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(not python_of(engine), reason=f"there is no {engine} in FFN_FUSION_ENGINES")
-
-
-@dataclass(frozen=True)
-class Found:
-    """What an engine answered: tokens [prompts, new], logits [prompts, new, vocabulary], ids of each text."""
-
-    tokens: np.ndarray
-    logits: np.ndarray
-    ids: list[list[int]]
 
 
 def run_probe(
@@ -68,13 +60,7 @@ def run_probe(
     command = [python_of(engine), str(script), *map(str, requests)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
-    return {name: _read(folder / f"{name}.npz", len(texts)) for name in models}
-
-
-def _read(answer: Path, num_texts: int) -> Found:
-    with np.load(answer) as found:
-        ids = [found[f"ids_{number}"].tolist() for number in range(num_texts)]
-        return Found(found["tokens"], found["logits"], ids)
+    return {name: read_answer(folder / f"{name}.npz", len(texts)) for name in models}
 
 
 @torch.no_grad()

@@ -196,15 +196,39 @@ def by_hand(
             layer = layers[block.attention.layer]
             kv_heads = block.attention.kv_heads
             attention = layer.self_attn if kv_heads is None else merged(layer.self_attn, kv_heads)
-            attended, _ = attention(hidden_states=layer.input_layernorm(x), **handed[block.attention.layer])
-            x = add(layer, x, attended)
+            attend = alone if block.attention.linear else together
+            x = add(layer, x, attend(attention, layer.input_layernorm(x), handed[block.attention.layer]))
         shared = x
         for member in block.ffns:
             layer = layers[member.layer]
             owner = layers[block.ffns[-1].layer] if norm == "last" else layer
             mlp = layer.mlp if member.width is None else narrowed(layer.mlp, channels[member.layer])
-            x = add(layer, x, mlp(owner.post_attention_layernorm(shared)))
+            normed = owner.post_attention_layernorm(shared)
+            x = add(layer, x, ungated(mlp, normed) if member.linear else mlp(normed))
     return x
+
+
+def together(attention: nn.Module, normed: Tensor, handed: Mapping[str, Any]) -> Tensor:
+    """An attention as the family runs it."""
+    return attention(hidden_states=normed, **handed)[0]
+
+
+def alone(attention: nn.Module, normed: Tensor, handed: Mapping[str, Any]) -> Tensor:
+    """The same attention where each token attends to itself: every one is a sequence of its own."""
+    outputs = []
+    for place in range(normed.shape[1]):
+        positions = tuple(part[:, place : place + 1] for part in handed["position_embeddings"])
+        token = normed[:, place : place + 1]
+        outputs.append(attention(hidden_states=token, position_embeddings=positions, attention_mask=None)[0])
+    return torch.cat(outputs, 1)
+
+
+def ungated(mlp: nn.Module, normed: Tensor) -> Tensor:
+    """An FFN's two projections one behind the other, without gate and activation."""
+    if hasattr(mlp, "gate_up_proj"):
+        return mlp.down_proj(mlp.gate_up_proj(normed)[..., mlp.down_proj.in_features :])
+    up = mlp.c_fc if hasattr(mlp, "c_fc") else mlp.up_proj
+    return output_of(mlp)(up(normed))
 
 
 def add(layer: nn.Module, x: Tensor, update: Tensor) -> Tensor:

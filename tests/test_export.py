@@ -157,7 +157,7 @@ def test_targets_are_listed_with_the_reason_where_a_student_does_not_fit(tiny_st
         parts = shown.replace("\n ", " ").splitlines()
         return {part.split()[0]: part for part in parts}
 
-    assert ["takes " in line for line in fits("llama").values()] == [True] * 6
+    assert ["takes " in line for line in fits("llama").values()] == [True] * len(TARGETS)
     qwen2 = fits("qwen2")
     assert {name for name, line in qwen2.items() if "takes " in line} == {"hf", "folded", "onnx", "openvino"}
     assert "not for" in qwen2["gguf"]
@@ -278,7 +278,7 @@ def test_logits_that_are_no_numbers_are_no_agreement(
 
 
 REFUSED: list[tuple[dict[str, object], list[str]]] = [
-    ({"to": "tflite"}, ["'tflite'", "hf, folded, gguf"]),
+    ({"to": "tflite"}, ["'tflite'", "hf, folded, mlx, gguf"]),
     ({"to": "hf", "dtype": "bf16"}, ["hf", "'bf16'", AS_IT_IS]),
     ({"to": "gguf", "dtype": "q1"}, ["gguf", "'q1'", "q4_k_m"]),
     ({"to": "hf", "engine": "sglang"}, ["hf", "'sglang'", "transformers, vllm"]),
@@ -346,7 +346,7 @@ def test_a_damaged_student_is_refused(copied: Path, tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"student"}
 
 
-@pytest.mark.parametrize("to", ["hf", "folded", "gguf", "onnx", "openvino", "megatron"])
+@pytest.mark.parametrize("to", ["hf", "folded", "mlx", "gguf", "onnx", "openvino", "megatron"])
 def test_a_model_without_attention_in_layer_0_is_refused(to: str, tmp_path: Path) -> None:
     foreign, out = save_layout("first", tmp_path / "foreign"), tmp_path / "out"
     refused(out, lambda: export(str(foreign), to=to, out=out), f"exported to {to}: ", "layer 0")

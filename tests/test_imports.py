@@ -8,15 +8,8 @@ import pytest
 from reference import one_line
 
 from ffn_fusion.core.cost import BlockShape
-from ffn_fusion.core.imports import (
-    Layout,
-    LayoutBlock,
-    config_plan,
-    drop_list_plan,
-    mergekit_plan,
-    parse_group,
-    portable_blocks,
-)
+from ffn_fusion.core.imports import config_plan, drop_list_plan, mergekit_plan, parse_group
+from ffn_fusion.core.layout import Layout, LayoutBlock, portable_blocks
 from ffn_fusion.core.plan import Plan
 from ffn_fusion.hf.remote.configuration_ffn_fusion import width_of
 from ffn_fusion.hf.resolve import read_source
@@ -286,8 +279,6 @@ def without(name: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("config", "says"),
     [
-        (changed("attention", replace_with_linear=True), ["[1].attention", "replace_with_linear"]),
-        (changed("ffn", replace_with_linear=True), ["[1].ffn", "replace_with_linear"]),
         (changed("ffn", moe={"num_local_experts": 4}), ["[1].ffn", "moe"]),
         (changed("attention", mamba={"state_dim": 4}), ["mamba"]),
         (changed("attention", window_length=1024), ["window_length"]),
@@ -307,6 +298,31 @@ def without(name: str) -> dict[str, Any]:
 )
 def test_block_configs_that_we_cannot_express_are_refused(config: dict[str, Any], says: list[str]) -> None:
     one_line(lambda: Layout.of(config), *says)
+
+
+def test_linear_layers_are_read() -> None:
+    config = changed("attention", replace_with_linear=True)
+    config["block_configs"].append(puzzletron((2, 96))["block_configs"][0])
+    config["block_configs"][2]["ffn"] = {"no_op": False, "replace_with_linear": True}
+    config["num_hidden_layers"] = 3
+    layout = Layout.of(config)
+    assert layout.blocks[1] == LayoutBlock(1, 0, 96, linear_attention=True)
+    assert layout.blocks[2] == LayoutBlock(2, 2, 0, linear_ffn=True)
+    own = [BlockShape(4, 96), BlockShape(2, 96), BlockShape(4, 96)]
+    assert str(layout.plan(3)) == "A0F0 A1LF1 A2F2L"
+    assert str(layout.plan(3, own=own)) == "A0F0 A1LF1 A2/2F2L"
+    ordinary = Layout.of(puzzletron((4, 96), (2, 96), (2, 96)))
+    d, heads, size = layout.hidden_size, layout.num_heads, layout.head_dim
+    assert ordinary.num_parameters - layout.num_parameters == 2 * (heads + 2) * size * d - d * d + 3 * d * 96 - d * d
+    assert [entry["attention"]["n_heads_in_group"] for entry in portable_blocks(config)] == [1, None, 2]
+    one_line(lambda: layout.plan(4, [(2, 3)]), "FFN 2 is a linear layer")
+    config["block_configs"][0]["attention"]["replace_with_linear"] = True
+    one_line(lambda: Layout.of(config).plan(3), "layer 0 cannot be linear")
+
+
+def test_a_sublayer_that_is_not_there_is_not_linear() -> None:
+    config = changed("ffn", no_op=True, replace_with_linear=True)
+    assert str(Layout.of(config).plan(2)) == "A0F0 A1"
 
 
 def test_parallel_blocks_are_refused_unless_null() -> None:

@@ -1,6 +1,7 @@
 """Parents that other tools made: padding blocks, attention without FFN, kv heads and widths of each block's own."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -193,11 +194,12 @@ def test_the_neutral_norm_is_the_familys_own(
     assert not any(tensor.any() for tensor in others)
 
 
-def test_a_linear_in_place_of_a_sublayer_is_refused(puzzled: ModelFolder, tmp_path: Path) -> None:
+def test_a_linear_layer_without_its_weights_is_refused(puzzled: ModelFolder, tmp_path: Path) -> None:
     config = json.loads((puzzled.folder / "config.json").read_text())
     config["block_configs"][1]["attention"]["replace_with_linear"] = True
     (tmp_path / "config.json").write_text(json.dumps(config))
-    one_line(lambda: ModelFolder(tmp_path).config, "block_configs[1]", "replace_with_linear")
+    shutil.copyfile(puzzled.folder / "model.safetensors", tmp_path / "model.safetensors")
+    one_line(ModelFolder(tmp_path).check, "lacks tensor model.layers.1.self_attn.linear_attn.weight")
 
 
 def test_entries_that_are_not_as_many_as_layers_are_refused(puzzled: ModelFolder, tmp_path: Path) -> None:

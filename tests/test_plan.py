@@ -37,16 +37,22 @@ def plans(draw: st.DrawFn, ordered: bool = False) -> Plan:
         if free and draw(st.booleans()):
             blocks.append(Block(Attention(free[0]), ()))
             alone.remove(free[0])
-    sizes = st.none() | st.integers(1, 30_000)
     return Plan(
         tuple(
             Block(
-                replace(block.attention, kv_heads=draw(sizes)) if block.attention else None,
-                tuple(replace(ffn, width=draw(sizes)) for ffn in block.ffns),
+                draw(changed(block.attention, "kv_heads", block.attention.layer > 0)) if block.attention else None,
+                tuple(draw(changed(ffn, "width", not block.is_fused)) for ffn in block.ffns),
             )
             for block in blocks
         )
     )
+
+
+def changed(sublayer: Attention | Ffn, size: str, may_be_linear: bool) -> st.SearchStrategy[Attention | Ffn]:
+    """A sublayer as it is, of another size or, if it may be, linear."""
+    found = st.none() | st.integers(1, 30_000)
+    sized = found.map(lambda value: replace(sublayer, **{size: value}))  # type: ignore[arg-type]
+    return sized | st.just(replace(sublayer, linear=True)) if may_be_linear else sized
 
 
 @given(plans())
@@ -59,7 +65,7 @@ def test_text_and_json_give_the_same_plan_back(plan: Plan) -> None:
 @given(plans())
 def test_json_has_one_line_a_block(plan: Plan) -> None:
     data = json.loads(plan.to_json())
-    assert data["format"] == (SIZED_FORMAT if plan.widths or plan.kv_heads else FORMAT)
+    assert data["format"] == (SIZED_FORMAT if plan.widths or plan.kv_heads or plan.has_linear else FORMAT)
     assert len(data["blocks"]) == len(plan.blocks)
     assert len(plan.to_json().splitlines()) == len(plan.blocks) + 5
 
@@ -71,6 +77,8 @@ def test_sizes_stay_with_their_sublayers(plan: Plan) -> None:
     removed = plan.attention_layers[1:]
     left = plan.without_attention(removed)
     assert left.widths == plan.widths
+    assert (unfused.linear_attentions, unfused.linear_ffns) == (plan.linear_attentions, plan.linear_ffns)
+    assert (left.linear_attentions, left.linear_ffns) == ([], plan.linear_ffns)
     assert left.kv_heads == {layer: n for layer, n in plan.kv_heads.items() if layer not in removed}
 
 
@@ -87,6 +95,32 @@ def test_sizes_are_read_and_written() -> None:
     }
     assert json.loads(plan.to_json())["blocks"][3] == {"attention": {"layer": 7, "kv_heads": 4}, "ffns": []}
     assert Plan.parse("A0F0 A1F1") != Plan.parse("A0F0 A1F1:64")
+
+
+def test_linear_layers_are_read_and_written() -> None:
+    plan = Plan.parse("A0F0 A5LF5 A6F6L -F7L A8L")
+    assert plan.blocks[1] == Block(Attention(5, linear=True), (Ffn(5),))
+    assert plan.blocks[2] == Block(Attention(6), (Ffn(6, linear=True),))
+    assert (plan.linear_attentions, plan.linear_ffns) == ([5, 8], [6, 7])
+    assert plan.attention_layers == [0, 5, 6, 8]
+    assert plan.num_sublayers == 2 + 2 + 2 + 1 + 1
+    assert not any(block.is_cut for block in plan.blocks)
+    blocks = json.loads(plan.to_json())["blocks"]
+    assert blocks[1] == {"attention": {"layer": 5, "linear": True}, "ffns": [{"layer": 5}]}
+    assert blocks[3] == {"attention": None, "ffns": [{"layer": 7, "linear": True}]}
+    assert Plan.parse("A0F0 A1F1") != Plan.parse("A0F0 A1F1L")
+    assert Plan.from_json(plan.to_json().replace('"layer": 0}', '"layer": 0, "linear": false}')) == plan
+    one_line(lambda: Attention(1, kv_heads=2, linear=True), "attention 1", "linear", "kv heads")
+    one_line(lambda: Ffn(1, width=2, linear=True), "FFN 1", "linear", "channels")
+
+
+def test_a_linear_ffn_is_in_no_group_and_between_two() -> None:
+    plan = Plan.parse("A0F0 -F1 -F2L -F3 -F4 A5LF5 -F6 A7F7L -F8 -F9")
+    assert plan.runs() == [(0, 1), (3, 4), (5, 6), (8, 9)]
+    assert str(plan.fuse([2])) == str(plan)
+    one_line(lambda: plan.fuse([1, 2]), "cannot fuse FFNs [1, 2]: FFN 2 is a linear layer")
+    one_line(lambda: plan.fuse([3, 4, 5]), "attention 5 stands between")
+    one_line(lambda: Block(None, (Ffn(1), Ffn(2, linear=True))), "FFN 2 is a linear layer")
 
 
 def test_the_file_of_a_plan_without_sizes_is_what_it_was() -> None:
@@ -150,6 +184,13 @@ def test_a_plan_can_be_read_sublayer_by_sublayer() -> None:
         ("A0F0 A1:2F1", "'A1:2F1'"),
         ("A0F0 A1F1/2", "'A1F1/2'"),
         ("A0F0 -/1F1", "'-/1F1'"),
+        ("A0F0 A1/2LF1", "'A1/2LF1'"),
+        ("A0F0 A1L/2F1", "'A1L/2F1'"),
+        ("A0F0 A1F1:64L", "'A1F1:64L'"),
+        ("A0F0 A1F1LL", "'A1F1LL'"),
+        ("A0F0 -LF1", "'-LF1'"),
+        ("A0LF0 A1F1", "the attention of layer 0 cannot be linear"),
+        ("A0F0 A1F1+2L", "cannot fuse FFNs [1, 2]: FFN 2 is a linear layer"),
     ],
 )
 def test_what_is_no_plan_is_refused_and_named(text: str, named: str) -> None:
@@ -206,7 +247,10 @@ def test_removing_the_attention_of_a_block_that_has_nothing_else_removes_the_blo
         *(
             f'{{"format": "{SIZED_FORMAT}", "blocks": '
             f'[{{"attention": {{"layer": 0{kv}}}, "ffns": [{{"layer": 0{width}}}]}}]}}'
-            for kv, width in [("", ', "width": 0'), ("", ', "width": 1.5'), (', "kv_heads": true', "")]
+            for kv, width in [
+                *[("", ', "width": 0'), ("", ', "width": 1.5'), (', "kv_heads": true', "")],
+                *[("", ', "linear": 1'), (', "linear": true', ""), ("", ', "width": 9, "linear": true')],
+            ]
         ),
     ],
 )

@@ -6,10 +6,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class BlockShape:
-    """Sizes of one block; `kv_heads` is 0 without attention, `ffn_width` 0 without FFN."""
+    """Sizes of one block; `kv_heads` is 0 without attention, `ffn_width` 0 without FFN.
+
+    Both are 0, too, where a linear layer stands in the sublayer's place: it has no cache and no channels.
+    """
 
     kv_heads: int
     ffn_width: int
+    linear_attention: bool = False
+    linear_ffn: bool = False
 
 
 @dataclass(frozen=True)
@@ -25,12 +30,14 @@ class Cost:
 
     @property
     def num_attentions(self) -> int:
+        """Attentions with a kv cache, so without linear layers."""
         return sum(block.kv_heads > 0 for block in self.blocks)
 
     @property
     def num_sublayers(self) -> int:
-        """Sequential sublayers; as many all-reduces a token under tensor parallelism."""
-        return sum((block.kv_heads > 0) + (block.ffn_width > 0) for block in self.blocks)
+        """Sequential sublayers, linear layers too; as many all-reduces a token under tensor parallelism."""
+        attentions = sum(block.kv_heads > 0 or block.linear_attention for block in self.blocks)
+        return attentions + sum(block.ffn_width > 0 or block.linear_ffn for block in self.blocks)
 
     @property
     def kv_bytes_per_token(self) -> int:

@@ -9,45 +9,57 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Any
 
+from ffn_fusion.core.plan_words import entry, said, stated
 from ffn_fusion.errors import UserError
 
 FORMAT = "ffn-fusion-plan/1"
 SIZED_FORMAT = "ffn-fusion-plan/2"
-"""Of plans that give sizes: readers of the first format would leave the sizes out without a word."""
-_ATTENTION, _FFN = r"\d+(?:/\d+)?", r"\d+(?::\d+)?"
+"""Of plans with sizes or linear layers: readers of the first format would leave those out without a word."""
+_ATTENTION, _FFN = r"\d+(?:/\d+|L)?", r"\d+(?::\d+|L)?"
 _BLOCK = re.compile(rf"(?:A(?P<attention>{_ATTENTION})|-(?=F))(?:F(?P<ffns>{_FFN}(?:\+{_FFN})*))?")
 
 
 @dataclass(frozen=True)
 class Attention:
-    """The attention sublayer of one source layer; `kv_heads` if its kv heads are merged into fewer (Puzzle)."""
+    """The attention sublayer of one source layer; `kv_heads` if its kv heads are merged into fewer (Puzzle).
+
+    A `linear` one is a single linear layer in the place of the attention: no token sees another, and nothing is cached.
+    """
 
     layer: int
     kv_heads: int | None = None
+    linear: bool = False
 
     def __post_init__(self) -> None:
+        if self.linear and self.kv_heads is not None:
+            raise UserError(
+                f"attention {self.layer} of a plan is a linear layer, which has no kv heads; say one of them"
+            )
         if self.kv_heads is not None and self.kv_heads < 1:
             raise UserError(f"attention {self.layer} of a plan has {self.kv_heads} kv heads; it needs at least one")
 
     def __str__(self) -> str:
-        return f"{self.layer}" if self.kv_heads is None else f"{self.layer}/{self.kv_heads}"
+        return f"{self.layer}" + ("L" if self.linear else "" if self.kv_heads is None else f"/{self.kv_heads}")
 
 
 @dataclass(frozen=True)
 class Ffn:
-    """The feed-forward sublayer of one source layer; `width` if it is cut to fewer channels (Puzzle)."""
+    """The feed-forward sublayer of one source layer; `width` if it is cut to fewer channels, `linear` if a single
+    linear layer stands in its place (Puzzle)."""
 
     layer: int
     width: int | None = None
+    linear: bool = False
 
     def __post_init__(self) -> None:
+        if self.linear and self.width is not None:
+            raise UserError(f"FFN {self.layer} of a plan is a linear layer, which has no channels; say one of them")
         if self.width is not None and self.width < 1:
             raise UserError(f"FFN {self.layer} of a plan has {self.width} channels; it needs at least one")
 
     def __str__(self) -> str:
-        return f"{self.layer}" if self.width is None else f"{self.layer}:{self.width}"
+        return f"{self.layer}" + ("L" if self.linear else "" if self.width is None else f":{self.width}")
 
 
 @dataclass(frozen=True)
@@ -59,6 +71,19 @@ class Block:
 
     attention: Attention | None
     ffns: tuple[Ffn, ...]
+
+    def __post_init__(self) -> None:
+        linear = next((ffn for ffn in self.ffns if ffn.linear), None)
+        if linear and self.is_fused:
+            raise UserError(
+                f"cannot fuse FFNs {[ffn.layer for ffn in self.ffns]}: FFN {linear.layer} is a linear layer, without "
+                "channels to put beside others'"
+            )
+
+    @property
+    def has_linear_ffn(self) -> bool:
+        """Whether a linear layer stands in the place of its FFN."""
+        return any(ffn.linear for ffn in self.ffns)
 
     @property
     def is_fused(self) -> bool:
@@ -95,6 +120,10 @@ class Plan:
                 "a plan starts with the attention of layer 0 (engines size their cache by it), "
                 f"found '{self.blocks[0]}'"
             )
+        if first.linear:
+            raise UserError(
+                f"the attention of layer 0 cannot be linear (engines size their cache by it), found 'A{first}'"
+            )
         for kind, layers in (("A", self.attention_layers), ("F", self.ffn_layers)):
             twice = sorted({layer for layer in layers if layers.count(layer) > 1})
             if twice:
@@ -112,18 +141,21 @@ class Plan:
 
     @classmethod
     def parse(cls, text: str) -> "Plan":
-        """Read the one-line form, such as ``A0F0 A1/2F1:1024 -F2+3 A4``.
+        """Read the one-line form, such as ``A0F0 A1/2F1:1024 -F2+3 A4 A5LF5L``.
 
-        ``-`` is a removed attention, A4 one without FFN, ``/2`` a number of kv heads and ``:1024`` one of channels.
+        ``-`` is a removed attention, A4 one without FFN, ``/2`` a number of kv heads, ``:1024`` one of channels, and
+        ``L`` a linear layer in the place of the sublayer.
         """
         blocks = []
         for word in text.split():
             match = _BLOCK.fullmatch(word)
             if match is None:
-                raise UserError(f"'{word}' is no block of a plan; blocks look like A3F3, -F4, -F5+6, A7 or A8/1F8:1024")
+                raise UserError(
+                    f"'{word}' is no block of a plan; blocks look like A3F3, -F4, -F5+6, A7, A8/1F8:1024 or A9LF9L"
+                )
             attention = match["attention"]
-            ffns = tuple(Ffn(*_numbers(ffn, ":")) for ffn in match["ffns"].split("+")) if match["ffns"] else ()
-            blocks.append(Block(Attention(*_numbers(attention, "/")) if attention else None, ffns))
+            ffns = tuple(Ffn(*said(ffn, ":")) for ffn in match["ffns"].split("+")) if match["ffns"] else ()
+            blocks.append(Block(Attention(*said(attention, "/")) if attention else None, ffns))
         return cls(tuple(blocks))
 
     @classmethod
@@ -136,8 +168,8 @@ class Plan:
             return cls(
                 tuple(
                     Block(
-                        Attention(*_entry(block["attention"], "kv_heads")) if block["attention"] else None,
-                        tuple(Ffn(*_entry(ffn, "width")) for ffn in block["ffns"]),
+                        Attention(*entry(block["attention"], "kv_heads")) if block["attention"] else None,
+                        tuple(Ffn(*entry(ffn, "width")) for ffn in block["ffns"]),
                     )
                     for block in data["blocks"]
                 )
@@ -146,17 +178,17 @@ class Plan:
             raise UserError(f"not a plan file: {error!r}; a plan has 'format' and 'blocks'") from error
 
     def to_json(self) -> str:
-        """Readable JSON, one block a line, so that plans diff well. Sizes that are the parent's own are left out."""
+        """Readable JSON, one block a line, so that plans diff well. What is as in the parent is left out."""
         lines = [
             json.dumps(
                 {
-                    "attention": _stated(block.attention) if block.attention else None,
-                    "ffns": [_stated(ffn) for ffn in block.ffns],
+                    "attention": stated(asdict(block.attention)) if block.attention else None,
+                    "ffns": [stated(asdict(ffn)) for ffn in block.ffns],
                 }
             )
             for block in self.blocks
         ]
-        version = SIZED_FORMAT if self.kv_heads or self.widths else FORMAT
+        version = SIZED_FORMAT if self.kv_heads or self.widths or self.has_linear else FORMAT
         return f'{{\n  "format": "{version}",\n  "blocks": [\n    ' + ",\n    ".join(lines) + "\n  ]\n}\n"
 
     def __str__(self) -> str:
@@ -164,12 +196,12 @@ class Plan:
 
     @property
     def attention_layers(self) -> list[int]:
-        """Source layers whose attention is kept, in plan order."""
+        """Source layers whose attention is kept, as it is or as a linear layer, in plan order."""
         return [block.attention.layer for block in self.blocks if block.attention]
 
     @property
     def ffn_layers(self) -> list[int]:
-        """Source layers whose FFN is kept, in plan order."""
+        """Source layers whose FFN is kept, as it is or as a linear layer, in plan order."""
         return [ffn.layer for block in self.blocks for ffn in block.ffns]
 
     @property
@@ -184,6 +216,20 @@ class Plan:
         return {ffn.layer: ffn.width for block in self.blocks for ffn in block.ffns if ffn.width is not None}
 
     @property
+    def linear_attentions(self) -> list[int]:
+        """Source layers with a linear layer in the place of their attention: they have no kv cache."""
+        return [block.attention.layer for block in self.blocks if block.attention and block.attention.linear]
+
+    @property
+    def linear_ffns(self) -> list[int]:
+        """Source layers with a linear layer in the place of their FFN."""
+        return [ffn.layer for block in self.blocks for ffn in block.ffns if ffn.linear]
+
+    @property
+    def has_linear(self) -> bool:
+        return bool(self.linear_attentions or self.linear_ffns)
+
+    @property
     def groups(self) -> list[tuple[int, ...]]:
         """Source layers of each fused FFN."""
         return [tuple(ffn.layer for ffn in block.ffns) for block in self.blocks if block.is_fused]
@@ -192,7 +238,8 @@ class Plan:
     def num_sublayers(self) -> int:
         """Sequential sublayers; under tensor parallelism each ends in one all-reduce.
 
-        An attention alone counts as one, though the student on disk has an FFN of zeros behind it (hf/surgery.py).
+        A linear layer counts like what it replaces, since it waits for what is before it. An attention alone counts as
+        one, though the student on disk has an FFN of zeros behind it (hf/surgery.py).
         """
         return sum((block.attention is not None) + bool(block.ffns) for block in self.blocks)
 
@@ -240,31 +287,14 @@ class Plan:
         return Plan(tuple(blocks))
 
     def runs(self) -> list[tuple[int, ...]]:
-        """Longest lists of source layers whose FFNs may share an input: no attention stands between them."""
+        """Longest lists of source layers whose FFNs may share an input: no attention stands between them, and no linear
+        layer, whose output the later ones must see."""
         runs: list[list[int]] = []
         for block in self.blocks:
-            if block.attention or not runs:
+            if block.attention or block.has_linear_ffn or not runs:
                 runs.append([])
-            runs[-1].extend(ffn.layer for ffn in block.ffns)
+            runs[-1].extend(ffn.layer for ffn in block.ffns if not ffn.linear)
         return [tuple(run) for run in runs if len(run) > 1]
-
-
-def _numbers(text: str, separator: str) -> list[int]:
-    return [int(number) for number in text.split(separator)]
-
-
-def _entry(entry: dict[str, Any], size: str) -> tuple[int, int | None]:
-    """Layer and size, if there is one, of a sublayer in JSON."""
-    layer, value = entry["layer"], entry.get(size)
-    if type(layer) is not int or layer < 0:
-        raise ValueError(f"layer {layer!r} is no layer number")
-    if value is not None and type(value) is not int:
-        raise ValueError(f"{size} {value!r} of layer {layer} is no number")
-    return layer, value
-
-
-def _stated(sublayer: Attention | Ffn) -> dict[str, int]:
-    return {name: value for name, value in asdict(sublayer).items() if value is not None}
 
 
 def contiguous(layers: Iterable[int]) -> str:

@@ -17,6 +17,8 @@ from ffn_fusion.core.pruning import Channels, Cuts
 from ffn_fusion.errors import UserError
 from ffn_fusion.hf.arch import FFN
 from ffn_fusion.hf.model import materialise, skeleton, student_arch, student_config
+from ffn_fusion.hf.remote.modeling_ffn_fusion import LinearFfn
+from ffn_fusion.hf.replace import LINEAR_FFN
 from ffn_fusion.hf.surgery import LAYER, block_recipes
 from ffn_fusion.hf.walk import Layer, ParentWalk
 from ffn_fusion.settings import Fusion
@@ -57,7 +59,8 @@ def blocks_to_fit(plan: Plan, parent: Plan, target: str) -> list[int]:
     dropped behind it, and for an attention without FFN in front of it, which has nothing to fit.
     """
     if target == "unfused":
-        return [index for index, block in enumerate(plan.blocks) if block.is_fused or block.is_cut]
+        held = {ffn for block in parent.blocks for ffn in block.ffns}
+        return [index for index, block in enumerate(plan.blocks) if block.is_fused or not held.issuperset(block.ffns)]
     ends = _ends(plan, parent.blocks[-1].layers[-1] + 1)
     found, start, first = [], 0, 0
     for index, block in enumerate(plan.blocks):
@@ -81,7 +84,8 @@ def _ends(plan: Plan, num_layers: int) -> list[int]:
 
 
 class Calibration:
-    """Fits the down projections of a student, front to back, so that each fit sees the drift of those before it."""
+    """Fits the down projections of a student, and the linear layers in the place of its FFNs, front to back, so that
+    each fit sees the drift of those before it. A linear attention stays as it was made."""
 
     def __init__(self, walk: ParentWalk, plan: Plan, fusion: Fusion, channels: Channels) -> None:
         """`channels` are those kept of each FFN that the plan cuts."""
@@ -98,13 +102,15 @@ class Calibration:
 
     def output_name(self, block: int) -> str:
         """Name of the tensor that a fit of this block replaces."""
-        return f"{LAYER.format(block)}{FFN}.{self.arch.output}.weight"
+        output = LINEAR_FFN if self.plan.blocks[block].has_linear_ffn else f"{FFN}.{self.arch.output}"
+        return f"{LAYER.format(block)}{output}.weight"
 
     @torch.no_grad()
     def run(
         self, ids: Tensor, streams: Streams | None = None, known: Sequence[Tensor] | None = None
     ) -> Iterator[tuple[BlockFit, Tensor, Streams]]:
-        """Yield each fit, the block's new down projection [d, h], and the state to resume from, front to back.
+        """Yield each fit, the block's new down projection [d, h] or linear FFN [d, d], and the state to resume from,
+        front to back.
 
         `ids` is [windows, length]; the last eighth of the windows is held out. `known` is the parent's stream
         before each layer and after the last, for callers that fit many plans on the same text.
@@ -196,7 +202,7 @@ class Calibration:
         return solution
 
     def _tokens(self, layer: Layer, channels: slice, x: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Hidden activations [N, h], residual [N, d] in the units of the down projection, and weights 1/|x|^2 [N]."""
+        """Input of the fitted projection [N, h], residual [N, d] in the units of its output, weights 1/|x|^2 [N]."""
         seen: list[Tensor] = []
         hook = self._output(layer).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         y = _ffn(layer, x)
@@ -209,7 +215,7 @@ class Calibration:
             yield x.to(self.walk.device), y.to(self.walk.device)
 
     def _output(self, layer: Layer) -> nn.Linear:
-        output = getattr(layer.mlp, self.arch.output)
+        output = layer.mlp.linear_mlp if isinstance(layer.mlp, LinearFfn) else getattr(layer.mlp, self.arch.output)
         assert isinstance(output, nn.Linear)
         return output
 

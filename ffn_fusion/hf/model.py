@@ -14,11 +14,12 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from ffn_fusion.core.cost import BlockShape
-from ffn_fusion.core.imports import BLOCK_CONFIGS, portable_blocks
+from ffn_fusion.core.demands import check_demands
+from ffn_fusion.core.layout import BLOCK_CONFIGS, is_linear, portable_blocks
 from ffn_fusion.core.plan import Attention, Block, Ffn, Plan
 from ffn_fusion.errors import UserError
 from ffn_fusion.hf.arch import ARCHS, Arch, arch_of, why_not_decilm
-from ffn_fusion.hf.block_configs import attention_entry, ffn_entry
+from ffn_fusion.hf.block_configs import attention_entry, ffn_entry, linear_attention_entry, linear_ffn_entry
 from ffn_fusion.hf.checkpoint import Checkpoint, Spec, fingerprint, read_json
 from ffn_fusion.hf.remote import configuration_ffn_fusion as student_config_file
 from ffn_fusion.hf.remote import modeling_ffn_fusion as student_model_file
@@ -74,7 +75,10 @@ class ModelFolder:
         if any("following_ffns" in entry for entry in self.config.block_configs):
             raise UserError(f"{self.folder} is in folded form, made for engines; use the student it was exported from")
         blocks = [
-            Block(None if entry.attention.no_op else Attention(layer), () if entry.ffn.no_op else (Ffn(layer),))
+            Block(
+                None if entry.attention.no_op else Attention(layer, linear=is_linear(entry.attention)),
+                () if entry.ffn.no_op else (Ffn(layer, linear=is_linear(entry.ffn)),),
+            )
             for layer, entry in enumerate(self.config.block_configs)
         ]
         return Plan(tuple(block for block in blocks if block.layers))
@@ -97,7 +101,7 @@ class ModelFolder:
     def shapes(self) -> list[BlockShape]:
         """Sizes of each layer."""
         return [
-            BlockShape(0 if entry.attention.no_op else self.config.num_attention_heads // _group(entry), width)
+            BlockShape(_kv_heads(entry, self.config), width, is_linear(entry.attention), is_linear(entry.ffn))
             for entry, width in zip(self.config.block_configs, self.config.ffn_widths, strict=True)
         ]
 
@@ -126,27 +130,7 @@ class ModelFolder:
 
     def check_plan(self, plan: Plan) -> None:
         """A plan for this parent names only sublayers that it has, and no sizes that it cannot be cut to."""
-        for kind, named, held in (
-            ("attention", plan.attention_layers, self.plan.attention_layers),
-            ("FFN", plan.ffn_layers, self.plan.ffn_layers),
-        ):
-            extra = sorted(set(named) - set(held))
-            if extra:
-                raise UserError(
-                    f"the plan names {kind} {extra[0]}, which {self.folder} does not have ({len(held)} there)"
-                )
-        shapes = self.shapes
-        for layer, width in plan.widths.items():
-            own = shapes[layer].ffn_width
-            if width > own:
-                raise UserError(f"the plan cuts FFN {layer} to {width:,} channels; {self.folder} has {own:,} there")
-        for layer, kv_heads in plan.kv_heads.items():
-            own = shapes[layer].kv_heads
-            if own % kv_heads:
-                raise UserError(
-                    f"the plan gives attention {layer} {kv_heads} kv heads; expected a divisor of the {own} "
-                    f"of {self.folder}, because kv heads are merged in groups of one size"
-                )
+        check_demands(plan, self.plan, self.shapes, str(self.folder))
 
     def load(self, dtype: torch.dtype, device_map: str) -> PreTrainedModel:
         """The model in memory, in evaluation mode, its layers editable."""
@@ -202,8 +186,10 @@ def student_config(parent: ModelFolder, plan: Plan) -> Any:
         fields["num_key_value_heads"] = source.num_attention_heads // min(filter(None, groups))
     fields["block_configs"] = [
         {
-            "attention": attention_entry(group),
-            "ffn": ffn_entry(sum(ffn.width or widths[ffn.layer] for ffn in block.ffns), source.hidden_size),
+            "attention": linear_attention_entry() if _is_linear(block) else attention_entry(group),
+            "ffn": linear_ffn_entry()
+            if block.has_linear_ffn
+            else ffn_entry(sum(ffn.width or widths[ffn.layer] for ffn in block.ffns), source.hidden_size),
         }
         for block, group in zip(plan.blocks, groups, strict=True)
     ]
@@ -220,24 +206,35 @@ def student_config(parent: ModelFolder, plan: Plan) -> Any:
 
 
 def _attention_at(plan: Plan) -> list[int]:
-    """Source layer whose kind of attention each block is listed under; one without takes that of the block before.
+    """Source layer whose kind of attention each block is listed under; one without kv cache takes that of the block
+    before.
 
     Its own layer's would not do: caches size a mask by the first block of a kind, and its cache stays empty.
     """
     at = 0
     layers = []
     for block in plan.blocks:
-        at = block.attention.layer if block.attention else at
+        at = block.attention.layer if block.attention and not block.attention.linear else at
         layers.append(at)
     return layers
 
 
+def _is_linear(block: Block) -> bool:
+    return block.attention is not None and block.attention.linear
+
+
 def _heads_in_group(block: Block, source: Any) -> int | None:
-    if block.attention is None:
+    if block.attention is None or block.attention.linear:
         return None
     if block.attention.kv_heads is not None:
         return int(source.num_attention_heads) // block.attention.kv_heads
     return _group(source.block_configs[block.attention.layer])
+
+
+def _kv_heads(entry: Any, config: Any) -> int:
+    """Kv heads of a block, 0 without a kv cache."""
+    cached = not entry.attention.no_op and not is_linear(entry.attention)
+    return int(config.num_attention_heads) // _group(entry) if cached else 0
 
 
 def _group(entry: Any) -> int:

@@ -14,7 +14,8 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerBase
 
 from ffn_fusion.core.cost import BlockShape
-from ffn_fusion.core.imports import Group, Layout, config_plan, mergekit_plan
+from ffn_fusion.core.imports import config_plan, mergekit_plan
+from ffn_fusion.core.layout import Group, Layout
 from ffn_fusion.core.plan import Plan
 from ffn_fusion.errors import UserError
 from ffn_fusion.hf.builtin import MODELS, PREFIX, cache_folder, fetch_model, new_folder

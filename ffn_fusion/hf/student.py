@@ -125,7 +125,7 @@ SERVED = {
     True: "vllm serve THIS_FOLDER --trust-remote-code    # or: mlx_lm.server --model THIS_FOLDER",
     False: "ffn-fusion export THIS_FOLDER --to folded --out FOLDED && vllm serve FOLDED --trust-remote-code",
 }
-"""How engines serve a student in the portable layout, and in its family's own."""
+"""How engines serve a student in the portable layout without linear layers, and any other."""
 
 
 def model_card(parent_name: str, plan: Plan, layout: str) -> str:
@@ -138,10 +138,12 @@ tags: [ffn-fusion]
 ---
 # A fused student of {parent_name}
 
-Made by ffn-fusion: attention layers removed or given fewer kv heads, FFNs made narrower or fused into one.
+Made by ffn-fusion: attention layers removed or given fewer kv heads, FFNs made narrower or fused into one, either of
+them replaced by a linear layer.
 
 - Plan: `{plan}`
 - {len(plan.blocks)} blocks, {len(plan.attention_layers)} attentions, {plan.num_sublayers} sequential sublayers
+- Linear layers in the place of attentions {plan.linear_attentions or "none"} and of FFNs {plan.linear_ffns or "none"}
 - Fused groups (source layers): {plan.groups or "none"}
 - Layout: {layout}
 
@@ -153,7 +155,7 @@ tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER", trust_remote_code=True)
 ```
 
 ```sh
-{SERVED[layout == "DeciLMForCausalLM"]}
+{SERVED[layout == "DeciLMForCausalLM" and not plan.has_linear]}
 ```
 
 `record.json` holds how it was made. The model inherits its parent's licence and limits.

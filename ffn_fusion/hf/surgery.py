@@ -1,7 +1,6 @@
 """Plan and parent → the recipe of every student tensor. Recipes know their shapes before any weight is read."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from itertools import starmap
 from typing import Literal
@@ -10,33 +9,26 @@ import torch
 from torch import Tensor
 
 from ffn_fusion.core import fusion, pruning
-from ffn_fusion.core.plan import Block, Ffn, Plan
+from ffn_fusion.core.plan import Attention, Block, Ffn, Plan
 from ffn_fusion.core.pruning import Channels, Cuts
 from ffn_fusion.errors import UserError
 from ffn_fusion.hf.arch import ATTENTION, ATTENTION_NORM, FFN, FFN_NORM, Arch
 from ffn_fusion.hf.checkpoint import Source, Spec
+from ffn_fusion.hf.recipe import Recipe
 from ffn_fusion.hf.remote.configuration_ffn_fusion import WIDTH_MULTIPLE
+from ffn_fusion.hf.replace import LINEAR_ATTENTION, LINEAR_FFN, linear_attention, linear_ffn
 
 Norm = Literal["folded", "last"]
 LAYER = "model.layers.{}."
 WHOLE = Cuts()
-"""For plans that give no sizes."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How one student tensor is made: its shape, the source tensors it uses, and the function that makes it."""
-
-    spec: Spec
-    sources: tuple[str, ...]
-    build: Callable[[], Tensor]
+"""For plans that give no sizes and name no linear attention."""
 
 
 def student_recipes(plan: Plan, source: Source, arch: Arch, norm: Norm, cuts: Cuts = WHOLE) -> dict[str, Recipe]:
     """A recipe for every tensor of the student, in the order of a forward pass.
 
-    `cuts` is needed by a plan with sizes; its channels only when the recipes are built. Raises `UserError` where the
-    algebra cannot express the plan on this parent.
+    `cuts` is needed by a plan with sizes or linear attentions; its channels only when the recipes are built. Raises
+    `UserError` where the algebra cannot express the plan on this parent.
     """
     outside = [name for name in source.specs if not name.startswith("model.layers.")]
     head = [name for name in outside if not name.startswith("model.embed_tokens.")]
@@ -55,15 +47,31 @@ def dropped_tensors(recipes: dict[str, Recipe], source: Source) -> list[str]:
 
 def block_recipes(block: Block, source: Source, arch: Arch, norm: Norm, cuts: Cuts = WHOLE) -> dict[str, Recipe]:
     """Recipes of one block, by tensor name within its layer."""
-    recipes: dict[str, Recipe] = {}
-    if block.attention:
-        prefix = LAYER.format(block.attention.layer)
-        for part in (ATTENTION_NORM, ATTENTION):
-            recipes |= _copies(source, prefix, part)
-        if block.attention.kv_heads is not None:
-            recipes |= _merged_heads(source, prefix, arch, cuts.head_dim, block.attention.kv_heads)
-    ffns = _FfnRecipes(block, source, arch, norm, cuts.channels).all() if block.ffns else _zero_ffn(source, arch)
-    return recipes | ffns
+    recipes = _attention(block.attention, source, arch, cuts.head_dim) if block.attention else {}
+    if not block.ffns:
+        return recipes | _zero_ffn(source, arch)
+    if block.has_linear_ffn:
+        return recipes | _linear_ffn(block.ffns[0], source, arch)
+    return recipes | _FfnRecipes(block, source, arch, norm, cuts.channels).all()
+
+
+def _attention(attention: Attention, source: Source, arch: Arch, head_dim: int) -> dict[str, Recipe]:
+    prefix = LAYER.format(attention.layer)
+    norm = _copies(source, prefix, ATTENTION_NORM)
+    if attention.linear and f"{prefix}{LINEAR_ATTENTION}.weight" not in source.specs:
+        return norm | linear_attention(source, prefix, arch, head_dim)
+    recipes = norm | _copies(source, prefix, ATTENTION)
+    if attention.kv_heads is not None:
+        recipes |= _merged_heads(source, prefix, arch, head_dim, attention.kv_heads)
+    return recipes
+
+
+def _linear_ffn(ffn: Ffn, source: Source, arch: Arch) -> dict[str, Recipe]:
+    prefix = LAYER.format(ffn.layer)
+    norm = _copies(source, prefix, FFN_NORM)
+    if f"{prefix}{LINEAR_FFN}.weight" in source.specs:
+        return norm | _copies(source, prefix, FFN)
+    return norm | linear_ffn(source, prefix, arch)
 
 
 def _merged_heads(source: Source, prefix: str, arch: Arch, head_dim: int, kv_heads: int) -> dict[str, Recipe]:

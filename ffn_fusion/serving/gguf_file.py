@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from ffn_fusion.core.layout import is_linear
 from ffn_fusion.errors import UserError
 from ffn_fusion.hf.arch import why_not_decilm
 from ffn_fusion.hf.model import ModelFolder, expected_specs
@@ -40,6 +41,7 @@ ATTENTION = {
         for ours, theirs in zip("qkvo", ("q", "k", "v", "output"), strict=True)
     },
 }
+LINEAR_ATTENTION = {"input_layernorm": "attn_norm", "self_attn.linear_attn": "attn_output"}
 FFN = {"post_attention_layernorm": "ffn_norm", **{f"mlp.{part}_proj": f"ffn_{part}" for part in ("gate", "up", "down")}}
 
 
@@ -61,12 +63,14 @@ def _why_not_layout(student: ModelFolder) -> str | None:
         return f"llama.cpp's deci architecture cannot hold it: {reason or 'it is not in the nemotron-nas layout'}"
     if any("following_ffns" in block for block in config.block_configs):
         return "a block with several FFNs, the folded form, has no place in llama.cpp's deci architecture"
+    if any(is_linear(block.ffn) for block in config.block_configs):
+        return "llama.cpp's deci architecture has linear attentions, but no linear layer in the place of an FFN"
     if config.attention_bias or config.mlp_bias or config.hidden_act != "silu":
         return "llama.cpp's deci architecture is run without biases and with SiLU only"
     rope = config.rope_parameters["rope_type"]
     if rope not in ROPE_TYPES:
         return f"rope type {rope!r} is not one of {', '.join(ROPE_TYPES)}, which this export knows"
-    if not (slots := _slots(config)) or not slots[0].heads:
+    if not (slots := _slots(config)) or not slots[0].kv_heads:
         return "llama.cpp takes the size of heads from layer 0, which has no attention here"
     return None
 
@@ -93,7 +97,10 @@ def write(student: ModelFolder, folder: Path, dtype: str) -> None:
 
 @dataclass(frozen=True)
 class _Slot:
-    """One layer of the file: the student's block it is, its query and kv heads (0 without attention), its FFN width."""
+    """One layer of the file: the student's block it is, its query and kv heads (0 without attention), its FFN width.
+
+    A linear attention is query heads without kv heads.
+    """
 
     block: int
     heads: int
@@ -110,9 +117,9 @@ def _slots(config: Any) -> list[_Slot]:
     """The layers to write. Empty blocks compute nothing, and llama.cpp aborts on an empty last one: they stay out."""
     slots = []
     for index, (block, width) in enumerate(zip(config.block_configs, config.ffn_widths, strict=True)):
-        group = None if block.attention.no_op else block.attention.n_heads_in_group
-        heads = config.num_attention_heads if group else 0
-        slots.append(_Slot(index, heads, heads // (group or 1), width))
+        heads = 0 if block.attention.no_op else config.num_attention_heads
+        cached = heads and not is_linear(block.attention)
+        slots.append(_Slot(index, heads, heads // block.attention.n_heads_in_group if cached else 0, width))
     return [slot for slot in slots if slot.heads or slot.width]
 
 
@@ -140,7 +147,8 @@ def _entries(student: ModelFolder) -> Iterator[_Entry]:
     for layer, slot in enumerate(_slots(student.config)):
         ours, theirs = f"model.layers.{slot.block}.", f"blk.{layer}."
         rotated = {"self_attn.q_proj": slot.heads, "self_attn.k_proj": slot.kv_heads}
-        for part, name in ATTENTION.items() if slot.heads else ():
+        attention = ATTENTION if slot.kv_heads else LINEAR_ATTENTION
+        for part, name in attention.items() if slot.heads else ():
             yield copied(ours + part, theirs + name, rotated.get(part, 0))
         if slot.width:
             yield from (copied(ours + part, theirs + name) for part, name in FFN.items())

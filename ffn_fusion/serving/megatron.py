@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ffn_fusion.core.layout import is_linear
 from ffn_fusion.hf.model import ModelFolder
 
 LAYERS = "heterogeneous.json"
@@ -44,10 +45,14 @@ def _block(student: ModelFolder, index: int) -> dict[str, Any]:
     return {
         "attention": {
             "no_op": block.attention.no_op,
-            "replace_with_linear": False,
+            "replace_with_linear": is_linear(block.attention),
             "num_query_groups": config.num_attention_heads // group if group else None,
         },
-        "mlp": {"no_op": block.ffn.no_op, "replace_with_linear": False, "ffn_hidden_size": width or None},
+        "mlp": {
+            "no_op": block.ffn.no_op,
+            "replace_with_linear": is_linear(block.ffn),
+            "ffn_hidden_size": width or None,
+        },
     }
 
 
@@ -56,7 +61,7 @@ def _arguments(student: ModelFolder) -> Iterator[str]:
     yield f"--heterogeneous-layers-config-path {LAYERS}"
     yield f"--num-layers {config.num_hidden_layers}"
     yield f"--hidden-size {config.hidden_size}"
-    yield f"--ffn-hidden-size {max(config.ffn_widths)}"
+    yield f"--ffn-hidden-size {config.intermediate_size}"
     yield f"--num-attention-heads {config.num_attention_heads}"
     yield "--group-query-attention"
     yield f"--num-query-groups {config.num_key_value_heads}"

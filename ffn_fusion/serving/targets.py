@@ -1,6 +1,6 @@
 """The table of export targets."""
 
-from ffn_fusion.serving import folded, gguf_file, hf, megatron, onnx, openvino
+from ffn_fusion.serving import folded, gguf_file, hf, megatron, mlx, onnx, openvino
 from ffn_fusion.serving.target import Target
 
 AS_IT_IS = "as the student"
@@ -13,6 +13,7 @@ _TARGETS = (
         (AS_IT_IS,),
         hf.why_not,
         hf.write,
+        hf.why_not_in,
     ),
     Target(
         "folded",
@@ -22,6 +23,15 @@ _TARGETS = (
         (AS_IT_IS,),
         folded.why_not,
         folded.write,
+    ),
+    Target(
+        "mlx",
+        "the student folder with its linear layers under MLX-LM's names; without any, hf does",
+        ("mlx-lm",),
+        (),
+        (AS_IT_IS,),
+        mlx.why_not,
+        mlx.write,
     ),
     Target(
         "gguf",

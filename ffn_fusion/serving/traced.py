@@ -1,6 +1,6 @@
 """A student as one graph of tensors with its cache outside: what the ONNX and the OpenVINO target both write.
 
-Caches are numbered by attention ordinal: blocks without attention have none.
+Caches are numbered by attention ordinal: blocks without attention, or with a linear one, have none.
 """
 
 import logging
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from transformers import PreTrainedModel
 
+from ffn_fusion.core.layout import is_linear
 from ffn_fusion.hf.model import ModelFolder
 
 RESCALED = ("dynamic", "longrope")
@@ -54,7 +55,8 @@ class Traced(nn.Module):
         super().__init__()
         self.model = model
         config: Any = model.config
-        held = [layer for layer, block in enumerate(config.block_configs) if not block["attention"]["no_op"]]
+        attentions = [block["attention"] for block in config.block_configs]
+        held = [layer for layer, entry in enumerate(attentions) if not entry["no_op"] and not is_linear(entry)]
         self.ordinals = {layer: ordinal for ordinal, layer in enumerate(held)}
         self.window = getattr(config, "sliding_window", None)
         # Families with a window on some layers only take a mask of each kind by name.

@@ -46,7 +46,7 @@ def export(
     student
         Folder that `fuse` made.
     to
-        Target: hf, folded, gguf, onnx, openvino or megatron.
+        Target: hf, folded, mlx, gguf, onnx, openvino or megatron.
     out
         New folder.
     list_
@@ -71,7 +71,9 @@ def export(
         raise UserError("say what, to which target and where: export STUDENT --to TARGET --out DIR (or --list)")
     target = _target(to)
     weights = _checked(model, target, dtype, tensor_parallel)
-    installed = _installed(target, engine, engine_python, untested, tensor_parallel) if verify or engine else None
+    installed = None
+    if verify or engine:
+        installed = _installed(target, model, engine, engine_python, untested, tensor_parallel)
     inputs = {"model": model.fingerprint, "to": to, "dtype": weights, "tensor_parallel": tensor_parallel}
 
     def check(folder: Path, engine: Installed, state: Path) -> EngineCheck:
@@ -105,14 +107,22 @@ def _checked_later(
 
 def _listed(student: ModelFolder | None) -> Iterator[str]:
     for target in TARGETS.values():
-        tried, read = ", ".join(target.engines), ", ".join(target.read_by)
         about = [f"dtype {', '.join(target.dtypes)}"]
-        about += [f"run in {tried}"] if tried else []
-        about += [f"said to load in {read}"] if read else []
+        about += [f"run in {', '.join(target.engines)}"] if target.engines else []
+        about += [f"said to load in {', '.join(target.read_by)}"] if target.read_by else []
         if student:
             reason = _why_not(student, target)
             about.append(f"not for {student.folder}: {reason}" if reason else f"takes {student.folder}")
+            about += [f"but {found}" for found in _obstacles(student, target)] if not reason else []
         yield "\n".join([f"{target.name:9} {target.help}", *(f"{'':9} {line}" for line in about)])
+
+
+def _obstacles(student: ModelFolder, target: Target) -> Iterator[str]:
+    """Why engines that load a target would not compute a student, one reason each."""
+    for engine in (*target.engines, *target.read_by):
+        found = target.why_not_in(student, engine)
+        if found:
+            yield found
 
 
 def _target(name: str) -> Target:
@@ -141,12 +151,17 @@ def _checked(student: ModelFolder, target: Target, dtype: str | None, tensor_par
     return dtype or target.dtypes[0]
 
 
-def _installed(target: Target, name: str | None, python: str, untested: bool, tensor_parallel: int) -> Installed:
-    """The engine to verify in; `UserError` if it does not read the target or is not there."""
+def _installed(
+    target: Target, student: ModelFolder, name: str | None, python: str, untested: bool, tensor_parallel: int
+) -> Installed:
+    """The engine to verify in; `UserError` if it does not read the target or this student, or is not there."""
     if not target.engines:
         raise UserError(f"no engine that reads {target.name} can be run here, so it cannot be verified")
     if name is not None and name not in target.engines:
         raise UserError(f"{target.name} is not verified in {name!r}; there are {', '.join(target.engines)}")
     engine = ENGINES[name or target.engines[0]]
+    obstacle = target.why_not_in(student, engine.name)
+    if obstacle:
+        raise UserError(f"{student.folder} cannot be verified: {obstacle}")
     options = {"tensor_parallel": tensor_parallel} if tensor_parallel > 1 else {}
     return Installed(engine, python, engine.version(python, untested), options)

@@ -74,7 +74,7 @@ class Cell:
     kind: str
     """kept, fused or removed."""
     sizes: str = ""
-    """The sublayer in the plan's own words where it has fewer channels or kv heads than its parent's."""
+    """The sublayer in the plan's own words where it has fewer channels or kv heads than its parent's, or is linear."""
 
 
 def strip(plan: Plan, num_layers: int) -> list[Cell]:
@@ -86,11 +86,13 @@ def strip(plan: Plan, num_layers: int) -> list[Cell]:
             first = min(layers) if plan.is_ordered else cursor
             span = max(layers) - min(layers) + 1 if plan.is_ordered else len(layers)
             kind, sizes = "fused" if block.is_fused else "kept", "F" + "+".join(map(str, block.ffns))
-            cells.append(Cell(2, first + 1, span, "+".join(map(str, layers)), kind, sizes if block.is_cut else ""))
+            changed = block.is_cut or block.has_linear_ffn
+            cells.append(Cell(2, first + 1, span, "+".join(map(str, layers)), kind, sizes if changed else ""))
         if block.attention:
             layer = block.attention.layer
             column, sizes = layer if plan.is_ordered else cursor, f"A{block.attention}"
-            cells.append(Cell(1, column + 1, 1, str(layer), "kept", sizes if layer in plan.kv_heads else ""))
+            changed = block.attention.linear or layer in plan.kv_heads
+            cells.append(Cell(1, column + 1, 1, str(layer), "kept", sizes if changed else ""))
         cursor += max(1, len(layers))
     filled = {(cell.row, column) for cell in cells for column in range(cell.column, cell.column + cell.span)}
     places = [(row, column) for row in (1, 2) for column in range(1, columns(plan, num_layers) + 1)]

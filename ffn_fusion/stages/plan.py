@@ -4,7 +4,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from ffn_fusion.core.imports import Layout, is_changed, parse_group
+from ffn_fusion.core.imports import is_changed, parse_group
+from ffn_fusion.core.layout import Layout
 from ffn_fusion.core.plan import Plan, contiguous
 from ffn_fusion.errors import UserError
 from ffn_fusion.folder import write_atomically
@@ -76,7 +77,8 @@ def _lines(plan: Plan, layout: Layout | None, sized: bool) -> Iterator[str]:
     layers = {layer for block in plan.blocks for layer in block.layers}
     yield (
         f"{len(layers)} source layers, {len(plan.blocks)} blocks, {len(plan.attention_layers)} attentions, "
-        f"{sum(bool(block.ffns) for block in plan.blocks)} FFNs, {plan.num_sublayers} sequential sublayers, "
+        f"{sum(bool(block.ffns) for block in plan.blocks)} FFNs{_linear(plan)}, "
+        f"{plan.num_sublayers} sequential sublayers, "
         f"fused groups: {'; '.join(map(contiguous, plan.groups)) or 'none'}"
     )
     if layout:
@@ -89,3 +91,9 @@ def _lines(plan: Plan, layout: Layout | None, sized: bool) -> Iterator[str]:
         )
         if not sized and layout.is_uneven:
             yield "its blocks differ in size; with --parent MODEL the plan says which are smaller than the parent's"
+
+
+def _linear(plan: Plan) -> str:
+    """How many of its attentions and FFNs are linear layers, if any are."""
+    counts = len(plan.linear_attentions), len(plan.linear_ffns)
+    return f" ({counts[0]} of these attentions and {counts[1]} of these FFNs linear)" if plan.has_linear else ""

@@ -10,7 +10,7 @@ from cyclopts import Parameter
 
 from ffn_fusion.errors import UserError
 from ffn_fusion.hf.model import ModelFolder
-from ffn_fusion.serving import folded
+from ffn_fusion.serving import folded, hf
 from ffn_fusion.serving.parallel import check_tensor_parallel
 from ffn_fusion.serving.servers import Serving, server_command
 from ffn_fusion.settings import Positive
@@ -84,3 +84,4 @@ def _check(model: ModelFolder, engine: str, tensor_parallel: int) -> None:
         )
     if engine == "mlx-lm" and ours:
         raise UserError(f"mlx-lm has no model code for {model.arch.class_name}; of students it loads nemotron-nas ones")
+    hf.check_engine(model, engine)

@@ -13,6 +13,7 @@ from ffn_fusion.hf.machine import pick_device, pick_dtype, where
 from ffn_fusion.hf.resolve import load_tokenizer, resolve_model
 from ffn_fusion.hf.text import read_windows
 from ffn_fusion.serving.engines import ENGINES, Installed
+from ffn_fusion.serving.hf import check_engine
 from ffn_fusion.settings import Machine, Positive, Text, TwoOrMore
 
 
@@ -55,6 +56,8 @@ def speculate(
         Go on with an engine version outside the tested range.
     """
     models = [resolve_model(target), resolve_model(draft)]
+    for model in models:
+        check_engine(model, engine)
     sizes = [model.config.vocab_size for model in models]
     if sizes[0] != sizes[1]:
         raise UserError(

@@ -38,9 +38,17 @@ def width_of(ffn_mult: float, hidden_size: int) -> int:
     return -(-width // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
 
 
+def is_linear(entry: dict[str, Any]) -> bool:
+    """Whether a linear layer stands in the place of an attention or FFN."""
+    return bool(entry.get("replace_with_linear")) and not entry["no_op"]
+
+
 def ffn_width(ffn: dict[str, Any], hidden_size: int) -> int:
-    """Width of one FFN entry; 0 where there is none. `intermediate_size` holds widths the multiplier cannot express."""
-    if ffn["no_op"]:
+    """Width of one FFN entry; 0 where there is none, or a linear layer in its place.
+
+    `intermediate_size` holds widths the multiplier cannot express.
+    """
+    if ffn["no_op"] or is_linear(ffn):
         return 0
     return width_of(ffn["ffn_mult"], hidden_size) if ffn.get("ffn_mult") else ffn["intermediate_size"]
 
@@ -59,7 +67,7 @@ class BlockConfigs:
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.block_configs = kwargs.pop("block_configs", [])
-        self.intermediate_size = max(self.ffn_widths, default=self.intermediate_size)
+        self.intermediate_size = max(self.ffn_widths, default=0) or self.intermediate_size
         super().__post_init__(**kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -68,7 +76,7 @@ class BlockConfigs:
 
     @property
     def ffn_widths(self) -> list[int]:
-        """FFN width of each block, all its FFNs together; 0 where there is none."""
+        """FFN width of each block, all its FFNs together; 0 where there is none that has channels."""
         return [sum(self.widths_of(block)) for block in self.block_configs]
 
     def widths_of(self, block: Entry) -> list[int]:

@@ -1,5 +1,7 @@
 """A fused model: its parent family's own modules, with attention left out and FFNs widened block by block.
 
+Linear layers may stand in the place of either (`replace_with_linear`), under the names of nemotron-nas.
+
 Shipped with every student of ffn-fusion. The stock model is built as ever and its layers are then edited to
 `config.block_configs`; embeddings, masks, rotary positions, caches, generation and the head stay the family's.
 In the folded form a layer is an attention followed by several FFNs, so that every layer has an attention.
@@ -45,6 +47,7 @@ from .configuration_ffn_fusion import (
     FusedQwen3Config,
     FusedSmolLM3Config,
     FusedStarcoder2Config,
+    is_linear,
 )
 
 
@@ -56,6 +59,33 @@ class Ffn(nn.Module):
         self.post_attention_layernorm, self.mlp = norm, mlp
 
 
+class LinearAttention(nn.Module):
+    """One linear layer where an attention was: each token by itself, nothing cached."""
+
+    def __init__(self, hidden_size: int, bias: bool) -> None:
+        super().__init__()
+        self.linear_attn = nn.Linear(hidden_size, hidden_size, bias=bias)
+
+    def forward(self, hidden_states: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
+        return self.linear_attn(hidden_states), None
+
+
+class LinearFfn(nn.Module):
+    """One linear layer where an FFN was."""
+
+    def __init__(self, hidden_size: int, bias: bool) -> None:
+        super().__init__()
+        self.linear_mlp = nn.Linear(hidden_size, hidden_size, bias=bias)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.linear_mlp(hidden_states)
+
+
+def has_bias(module: nn.Module) -> bool:
+    """Whether a projection of a family's attention or FFN has a bias; a linear layer in its place then has one too."""
+    return any(isinstance(part, nn.Linear) and part.bias is not None for part in module.children())
+
+
 class Block:
     """Forward of one block, mixed into the family's own layer class: either sublayer may be None."""
 
@@ -65,7 +95,7 @@ class Block:
         if self.self_attn is not None:
             attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
             hidden_states = self.add(hidden_states, attended)
-        else:
+        if self.self_attn is None or isinstance(self.self_attn, LinearAttention):
             self.pass_by(hidden_states, kwargs.get("past_key_values"))
         for ffn in (self, *self.following_ffns):
             if ffn.mlp is not None:
@@ -102,21 +132,41 @@ def edit_layer(layer: nn.Module, index: int, config: Any) -> None:
     layer.layer_idx = index
     layer.following_ffns = nn.ModuleList()
     block = config.block_configs[index]
-    if block["attention"]["no_op"]:
-        layer.self_attn = layer.input_layernorm = None
-    else:
-        kv_heads = config.num_attention_heads // block["attention"]["n_heads_in_group"]
-        if kv_heads != config.num_key_value_heads:
-            narrowed = with_fields(config, num_key_value_heads=kv_heads)
-            layer.self_attn = type(layer.self_attn)(narrowed, layer_idx=index)
+    edit_attention(layer, index, config, block["attention"])
     if block["ffn"]["no_op"]:
         layer.mlp = layer.post_attention_layernorm = None
         return
-    mlp, norm = type(layer.mlp), layer.post_attention_layernorm
-    first, *following = (with_fields(config, intermediate_size=width) for width in config.widths_of(block))
-    if first.intermediate_size != config.intermediate_size:
-        layer.mlp = mlp(first)
-    layer.following_ffns.extend(Ffn(copy.deepcopy(norm), mlp(more)) for more in following)
+    stock, norm = layer.mlp, layer.post_attention_layernorm
+    first, *widths = config.widths_of(block)
+    if is_linear(block["ffn"]) or first != config.intermediate_size:
+        layer.mlp = ffn_like(stock, config, block["ffn"], first)
+    following = zip(block.get("following_ffns", ()), widths, strict=True)
+    layer.following_ffns.extend(
+        Ffn(copy.deepcopy(norm), ffn_like(stock, config, entry, width)) for entry, width in following
+    )
+
+
+def edit_attention(layer: nn.Module, index: int, config: Any, entry: Any) -> None:
+    if entry["no_op"]:
+        layer.self_attn = layer.input_layernorm = None
+        return
+    if is_linear(entry):
+        layer.self_attn = LinearAttention(config.hidden_size, has_bias(layer.self_attn))
+        return
+    kv_heads = config.num_attention_heads // entry["n_heads_in_group"]
+    if kv_heads != config.num_key_value_heads:
+        narrowed = with_fields(config, num_key_value_heads=kv_heads)
+        layer.self_attn = type(layer.self_attn)(narrowed, layer_idx=index)
+
+
+def ffn_like(stock: nn.Module, config: Any, entry: Any, width: int) -> nn.Module:
+    """An FFN of the stock one's kind and some width, or a linear layer in its place.
+
+    In the folded form it may stand for an attention, whose projections have biases of their own: the entry says so.
+    """
+    if is_linear(entry):
+        return LinearFfn(config.hidden_size, entry.get("bias", has_bias(stock)))
+    return type(stock)(with_fields(config, intermediate_size=width))
 
 
 class Fused:

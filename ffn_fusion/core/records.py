@@ -83,37 +83,6 @@ class AnalyzeResult:
 
 
 @dataclass(frozen=True)
-class SearchStep:
-    """One decision of the search: what was tried, its KL, and whether it was kept."""
-
-    action: str
-    kl: Estimate
-    kept: bool
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    """The plan found. `predicted_kl` adds up single removals; `unfused_kl` and `kl` were measured on `sample`."""
-
-    plan: str
-    predicted_kl: float
-    unfused_kl: Estimate
-    kl: Estimate
-    calibrated: bool
-    sample: Sample
-    steps: list[SearchStep]
-
-    def summary(self) -> str:
-        plan = Plan.parse(self.plan)
-        how = "calibrated" if self.calibrated else "as fused"
-        return (
-            f"{plan}\npredicted KL {self.predicted_kl:.3f} (single removals added up), "
-            f"measured {self.unfused_kl} with attention removed, {self.kl} {how}\n"
-            f"{len(plan.blocks)} blocks, {plan.num_sublayers} sequential sublayers, FFNs fused: {plan.groups or 'none'}"
-        )
-
-
-@dataclass(frozen=True)
 class FitSummary:
     """Calibration of one block: held-out error relative to |target - input|^2."""
 
@@ -151,6 +120,7 @@ class FuseResult:
     fits: list[FitSummary]
     sample: Sample | None
     cuts: list[CutSummary] = field(default_factory=list)
+    library: str | None = None
 
     def summary(self) -> str:
         plan = Plan.parse(self.plan)
@@ -313,6 +283,7 @@ class BenchResult:
     new_tokens: int
     repeats: int
     copy_gb_per_s: float
+    how: str = "eager, with a cache that grows"
 
     def summary(self) -> str:
         lines = [f"{'model':36} {'batch':>5} {'prefill ms':>10} {'ms/token':>9} {'decode':>8} {'of bandwidth':>12}"]
@@ -326,4 +297,4 @@ class BenchResult:
             f"{m.num_sublayers} sequential sublayers"
             for m in self.models
         ]
-        return "\n".join(lines)
+        return "\n".join([*lines, f"timed: {self.how}"])

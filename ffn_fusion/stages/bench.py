@@ -1,21 +1,22 @@
 """`bench`: prefill and decode time of several models, interleaved in one process, beside what the memory allows."""
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median, quantiles
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ffn_fusion.core.cost import Cost
-from ffn_fusion.core.records import BenchModel, BenchResult, BenchRow, Spread
+from ffn_fusion.core.cost_table import Scenario
+from ffn_fusion.core.records import BenchModel, BenchResult, BenchRow
 from ffn_fusion.folder import Environment, Record, StageFolder, run_stage
+from ffn_fusion.hf.arena import Arena
 from ffn_fusion.hf.machine import device_map, pick_device, pick_dtype, where
 from ffn_fusion.hf.model import ModelFolder
 from ffn_fusion.hf.resolve import labels, resolve_model
+from ffn_fusion.hf.timing import Flush, Step, cache_values, elapsed_ms, spread
 from ffn_fusion.progress import track
 from ffn_fusion.settings import Machine, Positive
 
@@ -52,9 +53,9 @@ def bench(
     batch_sizes
         Sequences decoded at once; give the option again for each.
     prompt_length
-        Tokens in the cache when decoding starts.
+        Tokens of a prefill.
     new_tokens
-        Decode steps in each repeat.
+        Tokens decoded after the prompt: as many steps in each repeat, all timed as the middle one.
     repeats
         Timed repeats of each model and batch size, after one untimed.
     """
@@ -71,10 +72,16 @@ def bench(
         ]
         bandwidth = _copy_bandwidth(pick_device(machine))
         rows: list[BenchRow] = []
+        hows: set[str] = set()
         for batch_size in batch_sizes:
-            rows += _rows(loaded, batch_size, prompt_length, new_tokens, repeats, bandwidth)
+            scenario = Scenario(batch_size, prompt_length, new_tokens)
+            steps = _steps(loaded, scenario)
+            rows += _rows(loaded, steps, scenario, repeats, bandwidth)
+            hows |= {f"{step.how} {step.note}".strip() for pair in steps for step in pair}
         counted = [_counts(entry) for entry in loaded]
-        return BenchResult(counted, rows, prompt_length, new_tokens, repeats, bandwidth / 1e9), where(machine, dtype)
+        how = f"{'; '.join(sorted(hows))}, with a cache of fixed size"
+        result = BenchResult(counted, rows, prompt_length, new_tokens, repeats, bandwidth / 1e9, how)
+        return result, where(machine, dtype)
 
     return run_stage("bench", out, inputs, BenchResult, work)
 
@@ -100,85 +107,74 @@ def _counts(entry: _Loaded) -> BenchModel:
 
 
 def _rows(
-    loaded: list[_Loaded], batch_size: int, prompt_length: int, new_tokens: int, repeats: int, bandwidth: float
+    loaded: list[_Loaded], steps: list[tuple[Step, Step]], scenario: Scenario, repeats: int, bandwidth: float
 ) -> list[BenchRow]:
     """Every repeat runs all models one after the other, so that drift of the machine hits all alike."""
-    vocab = min(entry.model.config.vocab_size for entry in loaded)
-    ids = torch.randint(vocab, (batch_size, prompt_length), generator=torch.Generator().manual_seed(0))
+    batch_size = scenario.batch_size
+    flush = Flush(loaded[0].model.device)
     times: list[list[tuple[float, float]]] = [[] for _ in loaded]
     for repeat in track(range(repeats + 1), f"bench: batch size {batch_size}", repeats + 1):
-        for entry, kept in zip(loaded, times, strict=True):
-            timed = _prefill_and_decode(entry.model, ids, new_tokens)
+        for (prefill, decode), kept in zip(steps, times, strict=True):
+            flush()
+            prefill_ms = elapsed_ms(prefill)
+            flush()
+            timed = prefill_ms, elapsed_ms(decode, scenario.new_tokens)
             if repeat > 0:
                 kept.append(timed)
-    spreads = [tuple(_spread(column) for column in zip(*kept, strict=True)) for kept in times]
-    rows = []
-    for entry, (prefill, decode) in zip(loaded, spreads, strict=True):
-        moved = entry.cost.decode_bytes(batch_size, prompt_length + new_tokens // 2)
-        rows.append(
-            BenchRow(
-                model=entry.name,
-                batch_size=batch_size,
-                prefill_ms=prefill,
-                decode_ms=decode,
-                bandwidth_share=moved / bandwidth / (decode.median / 1e3),
-                prefill_speedup=spreads[0][0].median / prefill.median,
-                decode_speedup=spreads[0][1].median / decode.median,
-            )
+    spreads = [tuple(spread(list(column)) for column in zip(*kept, strict=True)) for kept in times]
+    return [
+        BenchRow(
+            model=entry.name,
+            batch_size=batch_size,
+            prefill_ms=prefill_ms,
+            decode_ms=decode_ms,
+            bandwidth_share=entry.cost.decode_bytes(batch_size, scenario.context) / bandwidth / decode_ms.median * 1e3,
+            prefill_speedup=spreads[0][0].median / prefill_ms.median,
+            decode_speedup=spreads[0][1].median / decode_ms.median,
         )
-    return rows
+        for entry, (prefill_ms, decode_ms) in zip(loaded, spreads, strict=True)
+    ]
 
 
-@torch.no_grad()
-def _prefill_and_decode(model: PreTrainedModel, ids: Tensor, new_tokens: int) -> tuple[float, float]:
-    """Milliseconds of one prefill and of one decode step (mean over `new_tokens`)."""
-    cache = DynamicCache(config=model.config)
-    ids = ids.to(model.device)
-
-    def prefill() -> Tensor:
-        return _next(model, ids, cache)
-
-    start, token = _timed(prefill)
-
-    def decode() -> Tensor:
-        last = token
-        for _ in range(new_tokens):
-            last = _next(model, last, cache)
-        return last
-
-    steps, _ = _timed(decode)
-    return start, steps / new_tokens
-
-
-def _next(model: PreTrainedModel, ids: Tensor, cache: DynamicCache) -> Tensor:
-    logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-    token: Tensor = logits[:, -1:].argmax(-1)
-    return token
-
-
-def _timed(work: Callable[[], Tensor]) -> tuple[float, Tensor]:
-    _wait()
-    start = time.perf_counter()
-    result = work()
-    _wait()
-    return (time.perf_counter() - start) * 1e3, result
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def _spread(values: tuple[float, ...]) -> Spread:
-    if len(values) < 2:
-        return Spread(values[0], values[0], values[0])
-    low, _, high = quantiles(values, n=4, method="inclusive")
-    return Spread(median(values), low, high)
+def _steps(loaded: list[_Loaded], scenario: Scenario) -> list[tuple[Step, Step]]:
+    """A prefill and a decode step of each model, captured where possible. Their caches share one stretch of memory."""
+    batch_size, context = scenario.batch_size, scenario.context
+    models = [entry.model for entry in loaded]
+    arena = None
+    # Over several GPUs each cache must lie beside its layer.
+    if len({parameter.device for model in models for parameter in model.parameters()}) == 1:
+        length = max(context, scenario.prompt_length)
+        room = max(cache_values(model.config, batch_size, length) for model in models)
+        arena = Arena(room, models[0].device, models[0].dtype)
+    pool = torch.cuda.graph_pool_handle() if models[0].device.type == "cuda" else None
+    steps = []
+    for model in models:
+        pair = []
+        for past, new in ((0, scenario.prompt_length), (context - 1, 1)):
+            if arena:
+                arena.rewind()
+            pair.append(Step(model, batch_size, past, new, arena.take if arena else None))
+            pair[-1].prepare(pool)
+        steps.append((pair[0], pair[1]))
+    return steps
 
 
 def _copy_bandwidth(device: torch.device) -> float:
     """Bytes per second, read plus written, of a large copy on the device: the ceiling that decoding can reach."""
     source = torch.ones(COPY_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    best = min(_timed(lambda: target.copy_(source))[0] for _ in range(5))
-    return 2 * COPY_BYTES / (best / 1e3)
+    best = min(_copy_seconds(source, target) for _ in range(5))
+    return 2 * COPY_BYTES / best
+
+
+def _copy_seconds(source: Tensor, target: Tensor) -> float:
+    _wait()
+    start = time.perf_counter()
+    target.copy_(source)
+    _wait()
+    return time.perf_counter() - start
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

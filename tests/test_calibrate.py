@@ -104,7 +104,7 @@ def test_known_parent_streams_give_the_same_fits(tiny_parent: Callable[[str], Pa
 def test_wide_blocks_are_fitted_in_slices(tiny_parent: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     folder = ModelFolder(tiny_parent("llama"))
     (whole, _, _), *_ = calibration(folder, PLAN).run(windows(32, 0))
-    monkeypatch.setattr("ffn_fusion.hf.calibrate.MAX_CHANNELS", 100)
+    monkeypatch.setattr("ffn_fusion.hf.fit.MAX_CHANNELS", 100)
     (sliced, _, _), *_ = calibration(folder, PLAN).run(windows(32, 0))
     assert len(sliced.strengths) == 2 * 3  # 256 channels in three slices, two sweeps
     assert sliced.error_after < 0.5 * (sliced.error_before + whole.error_after)

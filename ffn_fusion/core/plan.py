@@ -85,6 +85,18 @@ class Block:
         """Whether a linear layer stands in the place of its FFN."""
         return any(ffn.linear for ffn in self.ffns)
 
+    @classmethod
+    def parse(cls, word: str) -> "Block":
+        """Read one block of the one-line form, such as ``A1/2F1:1024``."""
+        match = _BLOCK.fullmatch(word)
+        if match is None:
+            raise UserError(
+                f"'{word}' is no block of a plan; blocks look like A3F3, -F4, -F5+6, A7, A8/1F8:1024 or A9LF9L"
+            )
+        attention = match["attention"]
+        ffns = tuple(Ffn(*said(ffn, ":")) for ffn in match["ffns"].split("+")) if match["ffns"] else ()
+        return cls(Attention(*said(attention, "/")) if attention else None, ffns)
+
     @property
     def is_fused(self) -> bool:
         return len(self.ffns) > 1
@@ -146,17 +158,7 @@ class Plan:
         ``-`` is a removed attention, A4 one without FFN, ``/2`` a number of kv heads, ``:1024`` one of channels, and
         ``L`` a linear layer in the place of the sublayer.
         """
-        blocks = []
-        for word in text.split():
-            match = _BLOCK.fullmatch(word)
-            if match is None:
-                raise UserError(
-                    f"'{word}' is no block of a plan; blocks look like A3F3, -F4, -F5+6, A7, A8/1F8:1024 or A9LF9L"
-                )
-            attention = match["attention"]
-            ffns = tuple(Ffn(*said(ffn, ":")) for ffn in match["ffns"].split("+")) if match["ffns"] else ()
-            blocks.append(Block(Attention(*said(attention, "/")) if attention else None, ffns))
-        return cls(tuple(blocks))
+        return cls(tuple(map(Block.parse, text.split())))
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":

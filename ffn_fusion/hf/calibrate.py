@@ -9,25 +9,18 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ffn_fusion.core.calibration import RidgeSystem, Solution, best_solution
 from ffn_fusion.core.plan import Block, Plan
 from ffn_fusion.core.pruning import Channels, Cuts
 from ffn_fusion.errors import UserError
 from ffn_fusion.hf.arch import FFN
+from ffn_fusion.hf.fit import down_projection, fit_down
 from ffn_fusion.hf.model import materialise, skeleton, student_arch, student_config
-from ffn_fusion.hf.remote.modeling_ffn_fusion import LinearFfn
 from ffn_fusion.hf.replace import LINEAR_FFN
-from ffn_fusion.hf.surgery import LAYER, block_recipes
-from ffn_fusion.hf.walk import Layer, ParentWalk
+from ffn_fusion.hf.surgery import LAYER, Trained, block_recipes
+from ffn_fusion.hf.walk import Layer, ParentWalk, ffn_half
 from ffn_fusion.settings import Fusion
-
-MAX_CHANNELS = 16_384
-"""Widest Gram matrix; wider blocks are fitted a slice of channels at a time."""
-SWEEPS = 2
-HELD_OUT = 8
-"""One calibration window in this many is held out to choose the regularisation."""
 
 
 @dataclass(frozen=True)
@@ -87,12 +80,14 @@ class Calibration:
     """Fits the down projections of a student, and the linear layers in the place of its FFNs, front to back, so that
     each fit sees the drift of those before it. A linear attention stays as it was made."""
 
-    def __init__(self, walk: ParentWalk, plan: Plan, fusion: Fusion, channels: Channels) -> None:
-        """`channels` are those kept of each FFN that the plan cuts."""
+    def __init__(
+        self, walk: ParentWalk, plan: Plan, fusion: Fusion, channels: Channels, trained: Trained | None = None
+    ) -> None:
+        """`channels` are those kept of each FFN that the plan cuts; the fit starts from `trained` blocks."""
         assert fusion.calibrate != "none"
         check_order(plan)
         parent = walk.parent
-        self.walk, self.plan = walk, plan
+        self.walk, self.plan, self.trained = walk, plan, trained
         self.norm, self.target = fusion.norm, fusion.calibrate
         self.cuts = Cuts(parent.head_dim, channels)
         self.arch = student_arch(parent)
@@ -135,17 +130,17 @@ class Calibration:
         block, student = self.plan.blocks[index], state.student
         layer = self._student_layer(index, block)
         if block.attention:
-            self.walk.advance(student, partial(self._attend, layer, block.attention.layer))
+            self.walk.advance(student, partial(self.walk.attend, layer, block.attention.layer))
         self._advance_parent(state, self._ends[index])
         target = self._unfused(student, block) if self.target == "unfused" else state.parent
-        fit = self._fit(index, layer, student, target) if index in self.to_fit else None
-        self.walk.advance(student, partial(_ffn, layer))
-        weight = self._output(layer).weight.data
+        fit = fit_down(self.walk, layer, student, target) if index in self.to_fit else None
+        self.walk.advance(student, partial(ffn_half, layer))
+        weight = down_projection(self.walk, layer).weight.data
         layer.to("meta")
-        return (fit, weight) if fit else None
+        return (BlockFit(index, str(block), *fit), weight) if fit else None
 
     def _student_layer(self, index: int, block: Block) -> Layer:
-        recipes = block_recipes(block, self.walk.source, self.arch, self.norm, self.cuts)
+        recipes = block_recipes(block, self.walk.source, self.arch, self.norm, self.cuts, self.trained)
         makers = {name: recipe.build for name, recipe in recipes.items()}
         return materialise(self._student_shell.model.layers[index], makers, self.walk.device, self.walk.dtype)
 
@@ -157,86 +152,11 @@ class Calibration:
             self.walk.step(state.parent, index)
         state.layer = end
 
-    def _attend(self, layer: Layer, source: int, x: Tensor) -> Tensor:
-        attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(x), **self.walk.kwargs(source, x))
-        stream: Tensor = layer.add(x, attended)
-        return stream
-
     def _unfused(self, student: Tensor, block: Block) -> Tensor:
         """What the parent's own FFNs make of the student's stream one after the other."""
         stream = student.clone()
         for ffn in block.ffns:
             layer = self.walk.layer(ffn.layer)
-            self.walk.advance(stream, partial(_ffn, layer))
+            self.walk.advance(stream, partial(ffn_half, layer))
             layer.to("meta")
         return stream
-
-    def _fit(self, index: int, layer: Layer, student: Tensor, wanted: Tensor) -> BlockFit:
-        width = self._output(layer).in_features
-        slices = [slice(start, min(start + MAX_CHANNELS, width)) for start in range(0, width, MAX_CHANNELS)]
-        sweeps = SWEEPS if len(slices) > 1 else 1
-        fits = [self._fit_slice(layer, channels, student, wanted) for channels in slices * sweeps]
-        scale = _held_out_scale(student, wanted)
-        before, after = fits[0].error_before / scale, fits[-1].error_after / scale
-        return BlockFit(index, str(self.plan.blocks[index]), before, after, tuple(fit.strength for fit in fits))
-
-    def _fit_slice(self, layer: Layer, channels: slice, student: Tensor, wanted: Tensor) -> Solution:
-        output = self._output(layer)
-        system = RidgeSystem(channels.stop - channels.start, output.out_features, self.walk.device)
-        held = _num_held_out(student)
-        for batch in self._batches(student[:-held], wanted[:-held]):
-            system.add(*self._tokens(layer, channels, *batch))
-        held_out = [self._tokens(layer, channels, *batch) for batch in self._batches(student[-held:], wanted[-held:])]
-
-        def error(delta: Tensor | None) -> float:
-            total = 0.0
-            for activations, residual, weights in held_out:
-                left = residual if delta is None else residual - activations.float() @ delta
-                total += float((left.square().sum(-1) * weights).sum())
-            return total
-
-        solution = best_solution(system, error)
-        if solution.delta is not None:
-            weight = output.weight.data
-            weight[:, channels] = (weight[:, channels].float() + solution.delta.T).to(weight.dtype)
-        return solution
-
-    def _tokens(self, layer: Layer, channels: slice, x: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Input of the fitted projection [N, h], residual [N, d] in the units of its output, weights 1/|x|^2 [N]."""
-        seen: list[Tensor] = []
-        hook = self._output(layer).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-        y = _ffn(layer, x)
-        hook.remove()
-        residual = (wanted.float() - y.float()) / layer.residual_multiplier
-        return seen[0][..., channels].flatten(0, 1), residual.flatten(0, 1), _weights(x).flatten()
-
-    def _batches(self, student: Tensor, wanted: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        for x, y in zip(student.split(self.walk.batch_size), wanted.split(self.walk.batch_size), strict=True):
-            yield x.to(self.walk.device), y.to(self.walk.device)
-
-    def _output(self, layer: Layer) -> nn.Linear:
-        output = layer.mlp.linear_mlp if isinstance(layer.mlp, LinearFfn) else getattr(layer.mlp, self.arch.output)
-        assert isinstance(output, nn.Linear)
-        return output
-
-
-def _ffn(layer: Layer, x: Tensor) -> Tensor:
-    """The FFN half of a block: x + mlp(norm(x))."""
-    result: Tensor = layer.add(x, layer.mlp(layer.post_attention_layernorm(x)))
-    return result
-
-
-def _weights(x: Tensor) -> Tensor:
-    """1 / |x|^2 of each token, so that a few massive activations do not own the fit."""
-    return 1 / x.float().square().sum(-1).clamp(min=1e-12)
-
-
-def _held_out_scale(student: Tensor, wanted: Tensor) -> float:
-    """Weighted size of the change that the held-out windows ask for."""
-    held = _num_held_out(student)
-    change = wanted[-held:].float() - student[-held:].float()
-    return float((change.square().sum(-1) * _weights(student[-held:])).sum())
-
-
-def _num_held_out(stream: Tensor) -> int:
-    return max(1, len(stream) // HELD_OUT)

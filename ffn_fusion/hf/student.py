@@ -1,7 +1,7 @@
 """Writes a student folder: weights streamed in, configuration, plan, tokenizer, our two model files, a model card."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import accumulate, product
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from ffn_fusion.hf.model import (
     student_arch,
     student_config,
 )
-from ffn_fusion.hf.surgery import LAYER, Norm, dropped_tensors, student_recipes
+from ffn_fusion.hf.surgery import LAYER, Norm, Trained, dropped_tensors, student_recipes
 from ffn_fusion.progress import track
 
 SAMPLED = 128
@@ -31,15 +31,22 @@ TOLERANCE = 2e-2
 
 
 def write_student(
-    parent: ModelFolder, plan: Plan, out: Path, norm: Norm, fits: Mapping[str, Path], channels: Channels
+    parent: ModelFolder,
+    plan: Plan,
+    out: Path,
+    norm: Norm,
+    fits: Mapping[str, Path],
+    channels: Channels,
+    trained: Trained | None = None,
 ) -> list[str]:
     """Write the student of `plan` into the existing folder `out`; returns the source tensors it leaves out.
 
     `fits` maps tensor names to safetensors files that hold a refitted replacement, `channels` has those kept of each
-    FFN that the plan cuts. Memory holds one tensor at a time.
+    FFN that the plan cuts, `trained` the blocks that are not made of the parent alone. Memory holds one tensor at a
+    time.
     """
     source, arch = parent.checkpoint, student_arch(parent)
-    recipes = student_recipes(plan, source, arch, norm, Cuts(parent.head_dim, channels))
+    recipes = student_recipes(plan, source, arch, norm, Cuts(parent.head_dim, channels), trained)
     config = student_config(parent, plan)
     for name, shape in expected_specs(config)[0].items():
         assert recipes[name].spec.shape == shape, (name, recipes[name].spec.shape, shape)
@@ -47,10 +54,15 @@ def write_student(
         for name, recipe in track(recipes.items(), "fuse: tensors written", len(recipes)):
             writer.write(name, _read_fit(fits[name], recipe.spec.dtype) if name in fits else recipe.build())
     sampled = _Sampled(source, Checkpoint(out), arch, norm, channels)
+    down = f"{FFN}.{arch.output}.weight"
     for index, block in enumerate(plan.blocks):
-        if block.is_fused or block.is_cut:
-            prefix = LAYER.format(index)
-            sampled.check(block, prefix, fitted=f"{prefix}{FFN}.{arch.output}.weight" in fits)
+        prefix, makers = LAYER.format(index), trained.makers(block) if trained else {}
+        sampled.check_trained({prefix + name: make for name, make in makers.items() if prefix + name not in fits})
+        # A trained FFN is no longer its members; one that was only fitted is, but for its down projection.
+        if (block.is_fused or block.is_cut) and not any(
+            name.startswith((FFN, FFN_NORM)) for name in makers.keys() - {down}
+        ):
+            sampled.check(block, prefix, fitted=prefix + down in fits or down in makers)
     (out / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
     (out / PLAN_FILE).write_text(plan.to_json(), encoding="utf-8")
     copy_companions(parent.folder, out)
@@ -97,6 +109,13 @@ class _Sampled:
             parts = zip(members, kept, h[: sum(widths)].split(widths), strict=True)
             sums = [self.parent.rows(member + down, *rows)[:, held].float() @ part for member, held, part in parts]
             _assert_close(self.student.rows(prefix + down, *rows).float() @ h, torch.stack(sums).sum(0), block)
+
+    def check_trained(self, makers: Mapping[str, Callable[[], Tensor]]) -> None:
+        """Some rows of every tensor of a trained block are those of the library."""
+        for name, make in makers.items():
+            rows = self._range(self.student.specs[name].shape[0])
+            wanted = make().to(self.student.specs[name].dtype)[rows[0] : sum(rows)]
+            assert torch.equal(self.student.rows(name, *rows), wanted), f"{name} is not the library's"
 
     def _range(self, size: int) -> tuple[int, int]:
         count = min(SAMPLED, size)

@@ -1,9 +1,10 @@
 """Plan and parent → the recipe of every student tensor. Recipes know their shapes before any weight is read."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from itertools import starmap
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -24,7 +25,17 @@ WHOLE = Cuts()
 """For plans that give no sizes and name no linear attention."""
 
 
-def student_recipes(plan: Plan, source: Source, arch: Arch, norm: Norm, cuts: Cuts = WHOLE) -> dict[str, Recipe]:
+class Trained(Protocol):
+    """Where trained blocks come from: a library."""
+
+    def makers(self, block: Block) -> Mapping[str, Callable[[], Tensor]]:
+        """What replaces the untrained tensors of a block, by name within its layer."""
+        ...
+
+
+def student_recipes(
+    plan: Plan, source: Source, arch: Arch, norm: Norm, cuts: Cuts = WHOLE, trained: Trained | None = None
+) -> dict[str, Recipe]:
     """A recipe for every tensor of the student, in the order of a forward pass.
 
     `cuts` is needed by a plan with sizes or linear attentions; its channels only when the recipes are built. Raises
@@ -35,7 +46,8 @@ def student_recipes(plan: Plan, source: Source, arch: Arch, norm: Norm, cuts: Cu
     recipes = {name: _copy(source, name) for name in outside if name not in head}
     for index, block in enumerate(plan.blocks):
         prefix = LAYER.format(index)
-        recipes |= {prefix + name: recipe for name, recipe in block_recipes(block, source, arch, norm, cuts).items()}
+        made = block_recipes(block, source, arch, norm, cuts, trained)
+        recipes |= {prefix + name: recipe for name, recipe in made.items()}
     return recipes | {name: _copy(source, name) for name in head}
 
 
@@ -45,8 +57,23 @@ def dropped_tensors(recipes: dict[str, Recipe], source: Source) -> list[str]:
     return sorted(set(source.specs) - used)
 
 
-def block_recipes(block: Block, source: Source, arch: Arch, norm: Norm, cuts: Cuts = WHOLE) -> dict[str, Recipe]:
-    """Recipes of one block, by tensor name within its layer."""
+def block_recipes(
+    block: Block, source: Source, arch: Arch, norm: Norm, cuts: Cuts = WHOLE, trained: Trained | None = None
+) -> dict[str, Recipe]:
+    """Recipes of one block, by tensor name within its layer; where `trained` has the block they are its tensors."""
+    recipes = _untrained(block, source, arch, norm, cuts)
+    for name, make in (trained.makers(block) if trained else {}).items():
+        recipes[name] = replace(recipes[name], build=partial(_as, recipes[name].spec, make))
+    return recipes
+
+
+def _as(spec: Spec, make: Callable[[], Tensor]) -> Tensor:
+    tensor = make().to(spec.dtype)
+    assert tuple(tensor.shape) == spec.shape
+    return tensor
+
+
+def _untrained(block: Block, source: Source, arch: Arch, norm: Norm, cuts: Cuts) -> dict[str, Recipe]:
     recipes = _attention(block.attention, source, arch, cuts.head_dim) if block.attention else {}
     if not block.ffns:
         return recipes | _zero_ffn(source, arch)

@@ -72,11 +72,23 @@ class ParentWalk:
         """Take a stream through layer `index`, which is in memory."""
         self.advance(stream, lambda x: layer(x, **self.kwargs(index, x)))
 
+    def attend(self, layer: Layer, source: int, x: Tensor) -> Tensor:
+        """The attention half of a block in memory, x + attention(norm(x)); the attention is that of layer `source`."""
+        attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(x), **self.kwargs(source, x))
+        stream: Tensor = layer.add(x, attended)
+        return stream
+
     def kwargs(self, layer: int, x: Tensor) -> dict[str, Any]:
         """What the family hands to layer `layer` beside the stream `x`."""
         kwargs = self._kwargs[layer]
         mask = kwargs.get("attention_mask")
         return kwargs if mask is None else kwargs | {"attention_mask": mask[: len(x)]}
+
+
+def ffn_half(layer: Layer, x: Tensor) -> Tensor:
+    """The FFN half of a block: x + mlp(norm(x))."""
+    result: Tensor = layer.add(x, layer.mlp(layer.post_attention_layernorm(x)))
+    return result
 
 
 class _Recorder(nn.Module):

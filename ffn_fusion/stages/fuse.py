@@ -1,5 +1,6 @@
 """`fuse`: parent and plan → student folder."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from ffn_fusion.core.records import CutSummary, FitSummary, FuseResult
 from ffn_fusion.folder import Environment, Record, StageFolder, run_stage
 from ffn_fusion.hf.calibrate import Calibration, Streams, check_order
 from ffn_fusion.hf.contribution import Passed, measure
+from ffn_fusion.hf.library import open_library
 from ffn_fusion.hf.machine import pick_device, pick_dtype, where
 from ffn_fusion.hf.model import ModelFolder, student_arch
 from ffn_fusion.hf.resolve import load_tokenizer, read_plan, resolve_model
@@ -32,6 +34,7 @@ def fuse(
     *,
     plan: str,
     out: Path,
+    library: Path | None = None,
     fit_windows: TwoOrMore = 64,
     fusion: Fusion = Fusion(),  # noqa: B008, frozen
     text: Text = Text(length=1024),  # noqa: B008
@@ -47,6 +50,8 @@ def fuse(
         One-line text, plan.json, or another tool's: config.json with drop lists or block_configs, mergekit YAML.
     out
         New student folder.
+    library
+        Trained blocks to build with, a folder that `bld` made of the same parent; calibration comes on top.
     fit_windows
         Windows of text to choose channels and to fit on; the fit holds out one in eight to choose the regularisation.
     """
@@ -56,7 +61,10 @@ def fuse(
         check_order(wanted)
     dtype = pick_dtype(machine, parent.checkpoint)
     sample = None
-    if fusion.calibrate != "none" or wanted.widths:
+    blocks = open_library(library, parent, fusion.norm)
+    known = blocks.contributions if blocks else {}
+    unknown = sorted(wanted.widths.keys() - known.keys())
+    if fusion.calibrate != "none" or unknown:
         tokenizer = load_tokenizer(parent, machine.trust_remote_code)
         sample = read_windows(text, tokenizer, fit_windows, "fit")
     inputs = {
@@ -65,22 +73,23 @@ def fuse(
         "fusion": asdict(fusion),
         "text": sample.sample.digest if sample else None,
         "dtype": str(dtype) if sample else None,
+        **({"library": blocks.fingerprint} if blocks else {}),  # so that students from before there were any stay valid
     }
 
     def work(folder: StageFolder) -> tuple[FuseResult, Environment]:
         names, fits = {}, []
-        channels: dict[int, Tensor] = {}
-        cuts: list[CutSummary] = []
+        channels, cuts = _choose_channels(wanted, known)
         if sample:
             walk = ParentWalk(
                 parent, parent.checkpoint, device=pick_device(machine), dtype=dtype, batch_size=machine.batch_size
             )
-            channels, cuts = _choose_channels(walk, wanted, sample, folder)
+            if unknown:
+                channels, cuts = _choose_channels(wanted, {**known, **_contributions(walk, unknown, sample, folder)})
             if fusion.calibrate != "none":
-                calibration = Calibration(walk, wanted, fusion, channels)
+                calibration = Calibration(walk, wanted, fusion, channels, blocks)
                 fits = _calibrate(calibration, sample, folder)
                 names = {calibration.output_name(block): _fit_path(folder, block) for block in calibration.to_fit}
-        dropped = write_student(parent, wanted, folder.path, fusion.norm, names, channels)
+        dropped = write_student(parent, wanted, folder.path, fusion.norm, names, channels, blocks)
         layout = student_arch(parent).class_name
         card = model_card(model, wanted, layout)
         (folder.path / "README.md").write_text(card, encoding="utf-8")
@@ -96,19 +105,16 @@ def fuse(
             fits=fits,
             sample=sample.sample if sample else None,
             cuts=cuts,
+            library=str(library) if library else None,
         )
         return result, where(machine, dtype)
 
     return run_stage("fuse", out, inputs, FuseResult, work)
 
 
-def _choose_channels(
-    walk: ParentWalk, plan: Plan, windows: Windows, folder: StageFolder
-) -> tuple[dict[int, Tensor], list[CutSummary]]:
-    """Channels kept of each FFN that the plan cuts; what was measured is saved after each, so that a killed run
-    goes on from there."""
-    widths = plan.widths
-    found = _contributions(walk, sorted(widths), windows, folder) if widths else {}
+def _choose_channels(plan: Plan, found: Mapping[int, Tensor]) -> tuple[dict[int, Tensor], list[CutSummary]]:
+    """Channels kept of each FFN that the plan cuts, by the contributions found."""
+    widths = {layer: width for layer, width in plan.widths.items() if layer in found}
     channels = {layer: kept_channels(found[layer], width) for layer, width in widths.items()}
     return channels, [
         CutSummary(layer, len(kept), len(found[layer]), share_kept(found[layer], kept))
@@ -117,6 +123,7 @@ def _choose_channels(
 
 
 def _contributions(walk: ParentWalk, layers: list[int], windows: Windows, folder: StageFolder) -> dict[int, Tensor]:
+    """Contributions of the channels of these layers, saved after each, so that a killed run goes on from there."""
     path = folder.state / CONTRIBUTIONS
     known, found = None, {}
     if path.is_file():

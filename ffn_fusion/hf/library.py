@@ -1,0 +1,102 @@
+"""A library of trained blocks: which tensors of a block come from it, and what it takes to be of the same parent."""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ffn_fusion.core.block_records import BldResult
+from ffn_fusion.core.blockwise import Part, decoupled, trained_parts
+from ffn_fusion.core.plan import Block, Plan
+from ffn_fusion.core.pruning import kept_channels
+from ffn_fusion.errors import UserError
+from ffn_fusion.folder import read_record
+from ffn_fusion.hf.arch import ATTENTION, ATTENTION_NORM, FFN, FFN_NORM
+from ffn_fusion.hf.checkpoint import fingerprint
+from ffn_fusion.hf.model import ModelFolder
+from ffn_fusion.hf.surgery import Norm
+
+CONTRIBUTIONS = "contributions.safetensors"
+PREFIXES: dict[Part, tuple[str, ...]] = {
+    "attention": (f"{ATTENTION}.", f"{ATTENTION_NORM}."),
+    "ffn": (f"{FFN}.", f"{FFN_NORM}."),
+}
+"""Tensors of each part of a block, by their names within its layer."""
+
+
+class Library:
+    """Trained blocks by their text, each a safetensors file, and the channel contributions that chose their channels.
+
+    A block that is not there is composed of decoupled ones: its attention from A6/1F6, its FFN from A6F6:1024.
+    """
+
+    def __init__(self, files: Mapping[str, Path], contributions: Mapping[int, Tensor]) -> None:
+        self.files, self.contributions = dict(files), dict(contributions)
+
+    @classmethod
+    def open(cls, folder: Path, parent: ModelFolder, norm: Norm) -> "Library":
+        """The library in a folder that `bld` made; `UserError` if it is of another parent or norm mode."""
+        result = read_record(folder, BldResult).result
+        if result.parent_key != parent_key(parent):
+            raise UserError(f"{folder} is a library of another parent, {result.parent}; its blocks do not fit this one")
+        if result.norm != norm:
+            raise UserError(f"{folder} was made with --norm {result.norm}; use that, or another library")
+        path = folder / CONTRIBUTIONS
+        found = load_file(path) if path.is_file() else {}
+        return cls(
+            {unit.block: folder / unit.file for unit in result.units},
+            {int(layer): contribution for layer, contribution in found.items()},
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when a block does."""
+        return fingerprint(self.files.values())
+
+    def makers(self, block: Block) -> dict[str, Callable[[], Tensor]]:
+        """What replaces the untrained tensors of a block, by name within its layer: nothing for one it knows not."""
+        if str(block) in self.files:
+            return self._tensors(block, "")
+        found: dict[str, Callable[[], Tensor]] = {}
+        for part in trained_parts(block):
+            unit = decoupled(block, part)
+            if unit is not None and str(unit) in self.files:
+                found |= self._tensors(unit, PREFIXES[part])
+        return found
+
+    def channels(self, plan: Plan) -> dict[int, Tensor]:
+        """Channels kept of each FFN that the plan cuts and the library has measured."""
+        widths = {layer: width for layer, width in plan.widths.items() if layer in self.contributions}
+        return {layer: kept_channels(self.contributions[layer], width) for layer, width in widths.items()}
+
+    def _tensors(self, block: Block, prefixes: str | tuple[str, ...]) -> dict[str, Callable[[], Tensor]]:
+        path = self.files[str(block)]
+        with safe_open(path, framework="pt") as file:
+            return {name: partial(_read, path, name) for name in file.keys() if name.startswith(prefixes)}  # noqa: SIM118
+
+
+def parent_key(parent: ModelFolder) -> str:
+    """Names, shapes, dtypes and some values of a parent's weights as one string: the same wherever the files lie."""
+    digest = hashlib.sha256()
+    source = parent.checkpoint
+    for name, spec in sorted(source.specs.items()):
+        digest.update(f"{name} {spec.shape} {spec.dtype} ".encode())
+        rows = source.rows(name, 0, 1 if len(spec.shape) > 1 else spec.shape[0])
+        digest.update(rows.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def open_library(folder: Path | None, parent: ModelFolder, norm: Norm) -> Library | None:
+    """The library that an option names, if it names one."""
+    return None if folder is None else Library.open(folder, parent, norm)
+
+
+def _read(path: Path, name: str) -> Tensor:
+    with safe_open(path, framework="pt") as file:
+        tensor: Tensor = file.get_tensor(name)
+    return tensor

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ffn_fusion.core.plan import Attention, Block, Ffn, Plan
     from ffn_fusion.errors import UserError
-    from ffn_fusion.settings import Budget, Fusion, Judging, Machine, Tasks, Text
+    from ffn_fusion.settings import Blocks, Budget, Fusion, Judging, Machine, Tasks, Text
     from ffn_fusion.stages.analyze import analyze
     from ffn_fusion.stages.bench import bench
+    from ffn_fusion.stages.bld import bld
+    from ffn_fusion.stages.cost import cost
     from ffn_fusion.stages.evaluate import evaluate
     from ffn_fusion.stages.export import export
     from ffn_fusion.stages.fuse import fuse
@@ -25,6 +27,7 @@ __version__ = version("ffn-fusion")
 __all__ = [
     "Attention",
     "Block",
+    "Blocks",
     "Budget",
     "Ffn",
     "Fusion",
@@ -36,6 +39,8 @@ __all__ = [
     "UserError",
     "analyze",
     "bench",
+    "bld",
+    "cost",
     "evaluate",
     "export",
     "fuse",
@@ -47,7 +52,7 @@ __all__ = [
 _MODULES = {
     "core.plan": ("Attention", "Block", "Ffn", "Plan"),
     "errors": ("UserError",),
-    "settings": ("Budget", "Fusion", "Judging", "Machine", "Tasks", "Text"),
+    "settings": ("Blocks", "Budget", "Fusion", "Judging", "Machine", "Tasks", "Text"),
 }
 
 

@@ -1,12 +1,13 @@
 """Options that several verbs share. Each field is an option of the command line and an argument of the Python API."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
 Dtype = Literal["auto", "bf16", "fp16", "fp32"]
+Method = Literal["mip", "greedy", "random", "max-params", "shortgpt", "llm-drop", "drop-layers"]
 TwoOrMore = Annotated[int, Parameter(validator=Number(gte=2))]
 Positive = Annotated[int, Parameter(validator=Number(gte=1))]
 
@@ -60,6 +61,26 @@ class Text:
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
+class Space:
+    """What may stand in the place of a layer, beside leaving an attention, an FFN or the whole layer out.
+
+    Parameters
+    ----------
+    widths
+        Widths of a narrower FFN, as shares of the parent's; give the option again for each.
+    kv_heads
+        Kv heads of a narrower attention; give the option again for each; without it, every divisor of the parent's.
+    linear
+        Also one linear layer in the place of an attention or an FFN, which few engines run.
+    """
+
+    widths: tuple[float, ...] = (0.75, 0.5, 0.25)
+    kv_heads: tuple[Positive, ...] | None = None
+    linear: bool = False
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
 class Fusion:
     """How FFNs are fused.
 
@@ -73,6 +94,35 @@ class Fusion:
 
     norm: Literal["folded", "last"] = "folded"
     calibrate: Literal["parent", "unfused", "none"] = "parent"
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """Which blocks to train: those that a plan changes, blocks by name, and variants of every layer.
+
+    Parameters
+    ----------
+    plan
+        A plan whose changed blocks are trained, in any form that `fuse` reads.
+    blocks
+        A block, such as -F6, A6F6:1024 or -F7+8; give the option again for each.
+    kv_heads
+        Every attention with its kv heads merged into so many; again for each number.
+    widths
+        Every FFN cut to so many channels; again for each width.
+    no_attention
+        Every layer but the first without its attention.
+    no_ffn
+        Every layer without its FFN.
+    """
+
+    plan: str | None = None
+    blocks: tuple[str, ...] = ()
+    kv_heads: tuple[Positive, ...] = ()
+    widths: tuple[Positive, ...] = ()
+    no_attention: bool = False
+    no_ffn: bool = False
 
 
 @Parameter(name="*")
@@ -105,6 +155,46 @@ class Budget:
     skip_last: bool = False
     candidates: Positive = 6
     trials: Positive = 8
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """The hardware budget, any combination. Times are for the request that the costs were measured for.
+
+    Parameters
+    ----------
+    speedup
+        Decode this many times faster than the parent.
+    latency_ms
+        Milliseconds of a decode step.
+    throughput
+        New tokens a second, over the whole batch, prefill included.
+    memory_gb
+        Weights and kv cache, in 10^9 bytes.
+    kv_bytes
+        Kv cache bytes a token.
+    parameters
+        Parameters, embeddings included.
+    sublayers
+        Sequential sublayers.
+    sweep
+        Also find a plan for each of these speedups; the report draws them as a front.
+    """
+
+    speedup: float | None = None
+    latency_ms: float | None = None
+    throughput: float | None = None
+    memory_gb: float | None = None
+    kv_bytes: Positive | None = None
+    parameters: Positive | None = None
+    sublayers: Positive | None = None
+    sweep: tuple[float, ...] = ()
+
+    @property
+    def given(self) -> str:
+        """The option of the first limit that is set; empty if none is."""
+        return next((f"--{field.name.replace('_', '-')}" for field in fields(self) if getattr(self, field.name)), "")
 
 
 @Parameter(name="*")

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from ffn_fusion import cli
 from ffn_fusion.core.plan import Plan
-from ffn_fusion.core.records import AnalyzeResult, EvalResult, FuseResult, SearchResult
+from ffn_fusion.core.records import AnalyzeResult, EvalResult, FuseResult
+from ffn_fusion.core.search_records import SearchResult
 from ffn_fusion.folder import read_record
 from ffn_fusion.hf.model import ModelFolder
 

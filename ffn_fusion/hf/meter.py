@@ -15,10 +15,12 @@ from ffn_fusion.core.stats import Estimate, estimate
 from ffn_fusion.hf.arch import ATTENTION
 from ffn_fusion.hf.calibrate import Calibration
 from ffn_fusion.hf.contribution import contribution_of
+from ffn_fusion.hf.library import Library
 from ffn_fusion.hf.machine import pick_device
 from ffn_fusion.hf.model import ModelFolder, ResidentSource, assemble, student_arch
 from ffn_fusion.hf.probe import Pass, record, resume, without
 from ffn_fusion.hf.surgery import student_recipes
+from ffn_fusion.hf.text import Windows
 from ffn_fusion.hf.walk import ParentWalk
 from ffn_fusion.settings import Fusion, Machine
 
@@ -26,6 +28,7 @@ from ffn_fusion.settings import Fusion, Machine
 class Meter:
     """Holds a parent in memory with its predictions on the measuring text, and measures students against it.
 
+    Students have a library's trained blocks, if there is one, before they are fitted.
     Memory: the parent, its probabilities on all measured tokens in float32, the changed blocks of one student, and on
     the host the parent's streams on the fitting text.
     """
@@ -34,16 +37,17 @@ class Meter:
         self,
         parent: ModelFolder,
         model: PreTrainedModel,
-        measure: Tensor,
-        fit: Tensor,
+        measure: Windows,
+        fit: Windows,
         fusion: Fusion,
         machine: Machine,
+        library: Library | None = None,
     ) -> None:
-        self.parent, self.model, self.fusion, self.machine = parent, model, fusion, machine
-        self._fit = fit
-        self._batches = [batch.to(model.device) for batch in measure.split(machine.batch_size)]
-        self._references = [reference(record(model, ids, outputs=False).logits.flatten(0, 1)) for ids in self._batches]
-        self._counts = [measure.shape[1]] * len(measure)
+        self.parent, self.model, self.fusion, self.machine, self.library = parent, model, fusion, machine, library
+        self.sample, self._fit = measure.sample, fit.ids
+        self.batches = [batch.to(model.device) for batch in measure.ids.split(machine.batch_size)]
+        self.references = [reference(record(model, ids, outputs=False).logits.flatten(0, 1)) for ids in self.batches]
+        self.counts = [measure.sample.length] * measure.sample.num_windows
         self._walk = ParentWalk(
             parent,
             ResidentSource(model),
@@ -51,7 +55,11 @@ class Meter:
             dtype=model.dtype,
             batch_size=machine.batch_size,
         )
-        self._contributions: dict[int, Tensor] = {}
+        self._contributions = dict(library.contributions) if library else {}
+
+    @property
+    def calibrates(self) -> bool:
+        return self.fusion.calibrate != "none"
 
     def plain(self, plan: Plan) -> Estimate:
         """KL of the plan as it is put together, nothing fitted."""
@@ -59,12 +67,16 @@ class Meter:
 
     def fused(self, plan: Plan) -> Estimate:
         """KL of the plan after the calibration that `fusion` asks for."""
-        if self.fusion.calibrate == "none":
-            return self.plain(plan)
-        calibration = Calibration(self._walk, plan, self.fusion, self._channels(plan))
+        return self._kl_of(self.student(plan)[0])
+
+    def student(self, plan: Plan) -> tuple[PreTrainedModel, list[int]]:
+        """The plan's student after the calibration that `fusion` asks for, and the blocks that were fitted."""
+        if not self.calibrates:
+            return self._student(plan, {}), []
+        calibration = Calibration(self._walk, plan, self.fusion, self._channels(plan), self.library)
         fitted = calibration.run(self._fit, known=self._fit_streams)
         fits = {calibration.output_name(fit.block): weight for fit, weight, _ in fitted}
-        return self._kl_of(self._student(plan, fits))
+        return self._student(plan, fits), calibration.to_fit
 
     def _channels(self, plan: Plan) -> dict[int, Tensor]:
         """Channels kept of each FFN that the plan cuts; contributions are measured once for all plans."""
@@ -86,11 +98,11 @@ class Meter:
         """KL with the attentions `removed` and each one of `candidates` gone, from the layer where it differs."""
         sums: dict[int, list[float]] = {layer: [] for layer in candidates}
         with _without_all(self.model, removed):
-            for ids, ref in zip(self._batches, self._references, strict=True):
+            for ids, ref in zip(self.batches, self.references, strict=True):
                 base = record(self.model, ids, outputs=False)
                 for layer in candidates:
                     sums[layer] += self._removal(ids, ref, base, layer)
-        return {layer: estimate(per_window, self._counts) for layer, per_window in sums.items()}
+        return {layer: estimate(per_window, self.counts) for layer, per_window in sums.items()}
 
     def _removal(self, ids: Tensor, ref: Reference, base: Pass, layer: int) -> list[float]:
         with without(self.model, layer, ATTENTION):
@@ -100,7 +112,8 @@ class Meter:
 
     def _student(self, plan: Plan, fits: dict[str, Tensor]) -> PreTrainedModel:
         cuts = Cuts(self.parent.head_dim, self._channels(plan))
-        recipes = student_recipes(plan, self._walk.source, student_arch(self.parent), self.fusion.norm, cuts)
+        arch = student_arch(self.parent)
+        recipes = student_recipes(plan, self._walk.source, arch, self.fusion.norm, cuts, self.library)
         makers: dict[str, Callable[[], Tensor]] = {name: recipe.build for name, recipe in recipes.items()}
         makers |= {name: (lambda weight=weight: weight) for name, weight in fits.items()}  # type: ignore[misc]
         return assemble(self.parent, plan, makers, self.model)
@@ -108,9 +121,9 @@ class Meter:
     @torch.no_grad()
     def _kl_of(self, student: PreTrainedModel) -> Estimate:
         sums: list[float] = []
-        for ids, ref in zip(self._batches, self._references, strict=True):
+        for ids, ref in zip(self.batches, self.references, strict=True):
             sums += _per_window(ref, student(input_ids=ids, use_cache=False).logits)
-        return estimate(sums, self._counts)
+        return estimate(sums, self.counts)
 
 
 def _per_window(ref: Reference, logits: Tensor) -> list[float]:

@@ -8,7 +8,8 @@ from typing import Any, Generic, TypeVar
 
 from ffn_fusion.core.engine_records import ExportResult, SpeculateResult
 from ffn_fusion.core.plan import Plan
-from ffn_fusion.core.records import AnalyzeResult, BenchResult, EvalResult, FuseResult, Sample, SearchResult
+from ffn_fusion.core.records import AnalyzeResult, BenchResult, EvalResult, FuseResult, Sample
+from ffn_fusion.core.search_records import SearchResult
 from ffn_fusion.errors import UserError
 from ffn_fusion.folder import RECORD, Record, read_record
 

@@ -12,7 +12,7 @@ from ffn_fusion.errors import UserError
 from ffn_fusion.hf.machine import pick_device, pick_dtype
 from ffn_fusion.hf.model import ModelFolder
 from ffn_fusion.hf.resolve import resolve_model
-from ffn_fusion.settings import Budget, Fusion, Machine, Positive, Text, TwoOrMore
+from ffn_fusion.settings import Budget, Fusion, Limits, Machine, Positive, Text, TwoOrMore
 from ffn_fusion.stages.analyze import analyze
 from ffn_fusion.stages.bench import bench
 from ffn_fusion.stages.evaluate import HELD_OUT, evaluate
@@ -73,7 +73,7 @@ def run(
             f"{', '.join(set(eval_text) & set(text.text))} is both calibration and held-out text; choose two"
         )
     parent = resolve_model(model)
-    given_plans(parent, plan, start, budget)
+    given_plans(parent, plan, start, budget, Limits())
     if dry_run:
         return forecast(parent, windows, fit_windows, text, eval_windows, steps, machine)
     analyze(model, out=out / "analysis", windows=windows, text=text, machine=machine)

@@ -1,0 +1,293 @@
+"""Search under a hardware budget (Puzzle): a solver proposes plans, each is built and measured, and the solver learns.
+
+Scores of single changes do not add up exactly, so a plan is not taken at its word: what was measured corrects the
+scores, the solver proposes again, and the best plan that was measured wins.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from ffn_fusion.core import baselines
+from ffn_fusion.core.budget import STRENGTH, Ledger, Scores, Uses, Variants
+from ffn_fusion.core.cost import shapes_of
+from ffn_fusion.core.cost_records import CostResult
+from ffn_fusion.core.cost_table import CostTable, check_table
+from ffn_fusion.core.plan import Plan
+from ffn_fusion.core.problem import Problem, evaluate, items_of
+from ffn_fusion.core.records import Spread
+from ffn_fusion.core.refine import corrected
+from ffn_fusion.core.search_records import Candidate, ScoreResult, SearchResult, Similarity
+from ffn_fusion.core.solve import Solution, solve
+from ffn_fusion.core.stats import Estimate
+from ffn_fusion.errors import UserError
+from ffn_fusion.folder import StageFolder, read_record, write_atomically
+from ffn_fusion.hf.machine import pick_device, where
+from ffn_fusion.hf.meter import Meter
+from ffn_fusion.hf.model import ModelFolder
+from ffn_fusion.hf.remote.configuration_ffn_fusion import WIDTH_MULTIPLE
+from ffn_fusion.hf.stacks import Stack, facts_of, time_stacks
+from ffn_fusion.hf.timing import spread
+from ffn_fusion.progress import track
+from ffn_fusion.settings import Limits, Machine, Method
+from ffn_fusion.stages.score import INTERACTIONS
+
+PLANS = "plans"
+"""Folder of the plans of several budgets, by number."""
+DIVERSE, OVERLAP = 3, 0.85
+"""The first so many plans share at most this part of their layers; later ones only differ."""
+REPEATS = 20
+"""Timed decode steps of each plan that is taken."""
+Part = Literal["attention", "ffn", "layer"]
+SLACK = 0.003
+"""Part of a limit by which a plan's exact cost may pass what its links were said to save."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the search goes by: scores, costs, and a note where the costs are of another machine."""
+
+    scores: Scores
+    similarity: Similarity
+    ledger: Ledger
+    note: str
+
+    @property
+    def table(self) -> CostTable:
+        return self.ledger.table
+
+
+def read_evidence(
+    parent: ModelFolder, scores: Path, costs: Path, machine: Machine, dtype: torch.dtype, force: bool
+) -> Evidence:
+    """Scores and costs of this parent; `UserError` if they are of another, or costs of another device or dtype."""
+    scored, timed = read_record(scores, ScoreResult), read_record(costs, CostResult)
+    if scored.inputs["model"] != parent.fingerprint:
+        raise UserError(f"{scores} scores another model ({scored.result.model})")
+    here = where(machine, dtype)
+    note = check_table(timed.result.table, facts_of(parent), here.device, here.dtype, force)
+    gram = load_file(scores / INTERACTIONS)["gram"].numpy()
+    ledger = Ledger(timed.result.table, parent.shapes, WIDTH_MULTIPLE)
+    return Evidence(Scores(scored.result.scores, gram), scored.result.similarity, ledger, note)
+
+
+def targets(limits: Limits, ledger: Ledger) -> dict[str, Uses]:
+    """Limits of resources for each budget asked for, by its name: that of the options, then each of the sweep's."""
+    own = ledger.parent()
+    request = ledger.table.scenario
+    stated = {
+        "decode_ms": _least(limits.latency_ms, limits.speedup and own["decode_ms"] / limits.speedup),
+        "request_ms": limits.throughput and 1e3 * request.batch_size * request.new_tokens / limits.throughput,
+        "memory_bytes": limits.memory_gb and limits.memory_gb * 1e9,
+        "kv_bytes": limits.kv_bytes,
+        "parameters": limits.parameters,
+        "sublayers": limits.sublayers,
+    }
+    given = {name: float(limit) for name, limit in stated.items() if limit is not None}
+    named = ", ".join(f"{name} <= {limit:,.6g}" for name, limit in given.items())
+    found: dict[str, Uses] = {named: given} if given else {}
+    for speedup in limits.sweep:
+        at_most = _least(given.get("decode_ms"), own["decode_ms"] / speedup)
+        assert at_most is not None
+        found[f"{speedup:g}x"] = given | {"decode_ms": at_most}
+    return found
+
+
+def _least(*values: float | None) -> float | None:
+    return min((value for value in values if value), default=None)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How plans are chosen. `trials` is how many of the solver's are measured for each budget."""
+
+    method: Method
+    interactions: bool
+    groups: bool
+    trials: int
+    max_width: int | None
+    seed: int
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A plan that was measured. `predicted` is by the scores as they came, not as they were corrected."""
+
+    solution: Solution
+    origin: str
+    target: str
+    predicted: float
+    kl: Estimate
+
+
+def search_within(
+    evidence: Evidence, wanted: Mapping[str, Uses], rule: Rule, meter: Meter, folder: StageFolder
+) -> SearchResult:
+    """The best plan measured within each of the budgets `wanted`; the first one's is the result's plan."""
+    search = _Search(meter, evidence, rule, folder)
+    for target, limits in wanted.items():
+        search.find(target, limits)
+    taken = {target: search.best(limits) for target, limits in wanted.items()}
+    parent, ledger = meter.parent, evidence.ledger
+    plans = [parent.plan, *(tried.solution.plan for tried in taken.values())]
+    own, *times = decode_times(parent, ledger.table, plans, meter.machine)
+    timed = dict(zip(taken, times, strict=True))
+    candidates = []
+    for target, best in taken.items():
+        # The best may have been found for another budget.
+        for tried in [*(t for t in search.tried if t.target == target and t is not best), best]:
+            uses = dict(ledger.model(tried.solution.plan.blocks))
+            candidates.append(
+                Candidate(
+                    origin=tried.origin,
+                    target=target,
+                    plan=str(tried.solution.plan),
+                    predicted_kl=tried.predicted,
+                    kl=tried.kl,
+                    predicted_ms=uses["decode_ms"],
+                    uses=uses,
+                    measured_ms=timed[target] if tried is best else None,
+                    status=tried.solution.status,
+                    gap=tried.solution.gap,
+                    best=tried is best,
+                )
+            )
+    first = next(candidate for candidate in candidates if candidate.best)
+    _write_plans(folder, {target: tried.solution.plan for target, tried in taken.items()})
+    return SearchResult(
+        plan=first.plan,
+        predicted_kl=first.predicted_kl,
+        unfused_kl=meter.plain(Plan.parse(first.plan).unfused()),
+        kl=first.kl,
+        calibrated=meter.calibrates,
+        sample=meter.sample,
+        steps=[],
+        candidates=candidates,
+        parent_ms=ledger.parent()["decode_ms"],
+        parent_measured_ms=own,
+        note=evidence.note,
+    )
+
+
+def _write_plans(folder: StageFolder, plans: Mapping[str, Plan]) -> None:
+    """Of several budgets, a plan file each."""
+    if len(plans) > 1:
+        (folder.path / PLANS).mkdir(exist_ok=True)
+        for number, plan in enumerate(plans.values(), start=1):
+            write_atomically(folder.path / PLANS / f"{number}.json", plan.to_json())
+
+
+@dataclass
+class _Search:
+    """Solves, measures and learns. What was measured is remembered in the stage's folder."""
+
+    meter: Meter
+    evidence: Evidence
+    rule: Rule
+    folder: StageFolder
+    tried: list[Tried] = field(default_factory=list)
+
+    def find(self, target: str, limits: Uses) -> None:
+        """Measure plans for one budget: several of the solver's, or the one of a baseline."""
+        variants = Variants(self.meter.parent.plan, self.evidence.scores)
+        rule = self.rule
+        strength = STRENGTH if rule.interactions else 0.0
+        problem = variants.problem(
+            self.evidence.ledger, limits, max_width=rule.max_width, fuse=rule.groups, strength=strength
+        )
+        if rule.method == "mip":
+            self._learn(problem, target)
+        else:
+            self._try(problem, _baseline(problem, self.evidence, rule.method, rule.seed), rule.method, target)
+
+    def best(self, limits: Uses) -> Tried:
+        """The plan of least measured KL that keeps these limits, whatever budget it was found for."""
+        return min((tried for tried in self.tried if self._keeps(tried, limits)), key=lambda tried: tried.kl.mean)
+
+    def _learn(self, problem: Problem, target: str) -> None:
+        """Propose and measure plans, each from scores corrected by all that was measured before."""
+        for number in track(range(self.rule.trials), f"search: plans measured, {target}", self.rule.trials):
+            overlap = OVERLAP if number < DIVERSE else (problem.num_layers - 1) / problem.num_layers
+            try:
+                found = self._within(replace(problem, scores=self._corrected(problem)), overlap)
+            except UserError:
+                if number == 0:
+                    raise
+                return  # no other plan is left
+            self._try(problem, found, f"MIP {number + 1}", target)
+
+    def _within(self, problem: Problem, overlap: float) -> Solution:
+        """A solution whose exact cost keeps the limits: links take the time of an FFN to be affine in its width."""
+        earlier = [tried.solution for tried in self.tried]
+        limits = dict(problem.limits)
+        while True:
+            found = solve(replace(problem, limits=limits), earlier=earlier, overlap=overlap)
+            exact = self.evidence.ledger.model(found.plan.blocks)
+            past = {name: exact[name] / limit for name, limit in problem.limits.items()}
+            if all(ratio <= 1 + SLACK for ratio in past.values()):
+                return found
+            limits |= {name: limits[name] / ratio for name, ratio in past.items() if ratio > 1}
+
+    def _corrected(self, problem: Problem) -> list[float]:
+        if not self.tried:
+            return list(problem.scores)
+        changes = np.zeros((len(self.tried), len(problem.scores)), dtype=bool)
+        for row, tried in zip(changes, self.tried, strict=True):
+            row[items_of(problem, tried.solution.choice)] = True
+        predicted = np.array([tried.predicted for tried in self.tried])
+        return corrected(problem.scores, changes, predicted, np.array([tried.kl.mean for tried in self.tried]))
+
+    def _try(self, problem: Problem, found: Solution, origin: str, target: str) -> None:
+        kl = self.folder.remember(f"fused {found.plan}", Estimate, lambda: self.meter.fused(found.plan))
+        self.tried.append(Tried(found, origin, target, evaluate(problem, found.choice), kl))
+
+    def _keeps(self, tried: Tried, limits: Uses) -> bool:
+        exact = self.evidence.ledger.model(tried.solution.plan.blocks)
+        return all(exact[name] <= limit * (1 + SLACK) for name, limit in limits.items())
+
+
+def _baseline(problem: Problem, evidence: Evidence, method: Method, seed: int) -> Solution:
+    """What another rule than the solver's chooses within the same limits, from the same variants, nothing fused."""
+    alike = evidence.similarity
+    # What leaves the stream most as it is goes first; of whole layers also what costs least KL alone.
+    dropped = {score.first: -score.kl.mean for score in evidence.scores.changes if not score.block}
+    rankings: dict[str, dict[Part, Mapping[int, float]]] = {
+        "shortgpt": {"layer": dict(enumerate(alike.layer))},
+        "llm-drop": {"attention": dict(enumerate(alike.attention)), "ffn": dict(enumerate(alike.ffn))},
+        "drop-layers": {"layer": dropped},
+    }
+    if method in rankings:
+        values = {(layer, part): value for part, held in rankings[method].items() for layer, value in held.items()}
+        return baselines.drop_in_order(problem, sorted(values, key=values.__getitem__, reverse=True))
+    if method == "random":
+        return baselines.at_random(problem, seed)
+    return baselines.greedy(problem) if method == "greedy" else baselines.max_parameters(problem)
+
+
+def decode_times(parent: ModelFolder, table: CostTable, plans: Sequence[Plan], machine: Machine) -> list[Spread]:
+    """A decode step of each plan's student, timed as the cost table was, random weights in its shapes."""
+    stacks = [
+        Stack(
+            parent,
+            shapes_of(plan.blocks, parent.shapes, WIDTH_MULTIPLE),
+            [block.layers[0] for block in plan.blocks],
+            table.tensor_parallel,
+        )
+        for plan in plans
+    ]
+    request = table.scenario
+    call = (request.batch_size, request.context - 1, 1)
+    dtype = getattr(torch, table.dtype)
+    times, _ = time_stacks(stacks, call, REPEATS, pick_device(machine), dtype, "search: plans timed")
+    exchanged = [_exchanged_ms(table, stack) for stack in stacks]
+    return [spread([ms + extra for ms in own]) for own, extra in zip(times, exchanged, strict=True)]
+
+
+def _exchanged_ms(table: CostTable, stack: Stack) -> float:
+    """Communication of a decode step, which a single rank's slice leaves out."""
+    return table.decode_ms(stack.shapes) - table.alone().decode_ms(stack.shapes)

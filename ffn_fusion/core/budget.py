@@ -17,7 +17,7 @@ from ffn_fusion.core.plan import Block, Plan
 from ffn_fusion.core.problem import Link, Option, Problem
 from ffn_fusion.core.search_records import ChangeScore
 
-STRENGTH = 0.5
+STRENGTH = 0.25
 """Share of the second-order interactions that counts, since KL grows slower than its expansion (docs/method.md)."""
 Uses = Mapping[str, float]
 

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass, field
 
+from ffn_fusion.core.cost_table import Measured
 from ffn_fusion.core.plan import Plan
-from ffn_fusion.core.records import Sample, Spread
+from ffn_fusion.core.records import Sample
 from ffn_fusion.core.stats import Estimate
 
 
@@ -72,7 +73,7 @@ class Candidate:
     predicted_ms: float
     uses: dict[str, float]
     kl: Estimate
-    measured_ms: Spread | None = None
+    measured_ms: Measured | None = None
     status: str = ""
     """Of the solver: "optimal" or "time limit"; empty for a baseline."""
     gap: float = 0.0
@@ -80,7 +81,7 @@ class Candidate:
     """Whether it is the one taken for its budget."""
 
     def __str__(self) -> str:
-        timed = f" (measured {self.measured_ms.median:.3f})" if self.measured_ms else ""
+        timed = f" (measured {self.measured_ms.ms:.3f})" if self.measured_ms else ""
         return (
             f"{self.origin:14} KL {self.kl} (predicted {self.predicted_kl:.3f}), decode {self.predicted_ms:.3f} ms"
             f"{timed}{'  <- taken' if self.best else ''}"
@@ -103,7 +104,7 @@ class SearchResult:
     """Of a search under a budget, in the order of measuring."""
     parent_ms: float | None = None
     """A decode step of the parent, by the cost table."""
-    parent_measured_ms: Spread | None = None
+    parent_measured_ms: Measured | None = None
     note: str = ""
 
     @property
@@ -122,7 +123,7 @@ class SearchResult:
             f"FFNs fused: {plan.groups or 'none'}",
         ]
         if self.parent_ms:
-            measured = f", {self.parent_measured_ms.median:.3f} measured" if self.parent_measured_ms else ""
+            measured = f", {self.parent_measured_ms.ms:.3f} measured" if self.parent_measured_ms else ""
             lines.append(f"parent: decode {self.parent_ms:.3f} ms by the cost table{measured}")
         for target in dict.fromkeys(candidate.target for candidate in self.candidates):
             lines.append(f"{target}:")

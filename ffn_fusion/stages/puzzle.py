@@ -16,11 +16,9 @@ from safetensors.torch import load_file
 from ffn_fusion.core import baselines
 from ffn_fusion.core.budget import STRENGTH, Ledger, Scores, Uses, Variants
 from ffn_fusion.core.cost import shapes_of
-from ffn_fusion.core.cost_records import CostResult
-from ffn_fusion.core.cost_table import CostTable, check_table
+from ffn_fusion.core.cost_table import CostTable, Measured
 from ffn_fusion.core.plan import Plan
 from ffn_fusion.core.problem import Problem, evaluate, items_of
-from ffn_fusion.core.records import Spread
 from ffn_fusion.core.refine import corrected
 from ffn_fusion.core.search_records import Candidate, ScoreResult, SearchResult, Similarity
 from ffn_fusion.core.solve import Solution, solve
@@ -31,8 +29,7 @@ from ffn_fusion.hf.machine import pick_device, where
 from ffn_fusion.hf.meter import Meter
 from ffn_fusion.hf.model import ModelFolder
 from ffn_fusion.hf.remote.configuration_ffn_fusion import WIDTH_MULTIPLE
-from ffn_fusion.hf.stacks import Stack, facts_of, time_stacks
-from ffn_fusion.hf.timing import spread
+from ffn_fusion.hf.stacks import Stack, read_costs, time_stacks
 from ffn_fusion.progress import track
 from ffn_fusion.settings import Limits, Machine, Method
 from ffn_fusion.stages.score import INTERACTIONS
@@ -41,6 +38,8 @@ PLANS = "plans"
 """Folder of the plans of several budgets, by number."""
 DIVERSE, OVERLAP = 3, 0.85
 """The first so many plans share at most this part of their layers; later ones only differ."""
+SOLVER_SECONDS, SOLVER_GAP = 5.0, 0.01
+"""For each proposal: scores are known to a few per cent, so a proof of the last per cent would be worth nothing."""
 REPEATS = 20
 """Timed decode steps of each plan that is taken."""
 Part = Literal["attention", "ffn", "layer"]
@@ -66,13 +65,13 @@ def read_evidence(
     parent: ModelFolder, scores: Path, costs: Path, machine: Machine, dtype: torch.dtype, force: bool
 ) -> Evidence:
     """Scores and costs of this parent; `UserError` if they are of another, or costs of another device or dtype."""
-    scored, timed = read_record(scores, ScoreResult), read_record(costs, CostResult)
+    scored = read_record(scores, ScoreResult)
     if scored.inputs["model"] != parent.fingerprint:
         raise UserError(f"{scores} scores another model ({scored.result.model})")
     here = where(machine, dtype)
-    note = check_table(timed.result.table, facts_of(parent), here.device, here.dtype, force)
+    table, note = read_costs(costs, parent, here.device, here.dtype, force)
     gram = load_file(scores / INTERACTIONS)["gram"].numpy()
-    ledger = Ledger(timed.result.table, parent.shapes, WIDTH_MULTIPLE)
+    ledger = Ledger(table, parent.shapes, WIDTH_MULTIPLE)
     return Evidence(Scores(scored.result.scores, gram), scored.result.similarity, ledger, note)
 
 
@@ -135,7 +134,8 @@ def search_within(
     taken = {target: search.best(limits) for target, limits in wanted.items()}
     parent, ledger = meter.parent, evidence.ledger
     plans = [parent.plan, *(tried.solution.plan for tried in taken.values())]
-    own, *times = decode_times(parent, ledger.table, plans, meter.machine)
+    # Costs of another device say nothing about times here.
+    own, *times = [None] * len(plans) if evidence.note else decode_times(parent, ledger.table, plans, meter.machine)
     timed = dict(zip(taken, times, strict=True))
     candidates = []
     for target, best in taken.items():
@@ -226,7 +226,13 @@ class _Search:
         earlier = [tried.solution for tried in self.tried]
         limits = dict(problem.limits)
         while True:
-            found = solve(replace(problem, limits=limits), earlier=earlier, overlap=overlap)
+            found = solve(
+                replace(problem, limits=limits),
+                earlier=earlier,
+                overlap=overlap,
+                seconds=SOLVER_SECONDS,
+                gap=SOLVER_GAP,
+            )
             exact = self.evidence.ledger.model(found.plan.blocks)
             past = {name: exact[name] / limit for name, limit in problem.limits.items()}
             if all(ratio <= 1 + SLACK for ratio in past.values()):
@@ -269,7 +275,7 @@ def _baseline(problem: Problem, evidence: Evidence, method: Method, seed: int) -
     return baselines.greedy(problem) if method == "greedy" else baselines.max_parameters(problem)
 
 
-def decode_times(parent: ModelFolder, table: CostTable, plans: Sequence[Plan], machine: Machine) -> list[Spread]:
+def decode_times(parent: ModelFolder, table: CostTable, plans: Sequence[Plan], machine: Machine) -> list[Measured]:
     """A decode step of each plan's student, timed as the cost table was, random weights in its shapes."""
     stacks = [
         Stack(
@@ -285,7 +291,7 @@ def decode_times(parent: ModelFolder, table: CostTable, plans: Sequence[Plan], m
     dtype = getattr(torch, table.dtype)
     times, _ = time_stacks(stacks, call, REPEATS, pick_device(machine), dtype, "search: plans timed")
     exchanged = [_exchanged_ms(table, stack) for stack in stacks]
-    return [spread([ms + extra for ms in own]) for own, extra in zip(times, exchanged, strict=True)]
+    return [Measured.of([ms + extra for ms in own]) for own, extra in zip(times, exchanged, strict=True)]
 
 
 def _exchanged_ms(table: CostTable, stack: Stack) -> float:

@@ -12,12 +12,14 @@ from ffn_fusion.errors import UserError
 from ffn_fusion.hf.machine import pick_device, pick_dtype
 from ffn_fusion.hf.model import ModelFolder
 from ffn_fusion.hf.resolve import resolve_model
-from ffn_fusion.settings import Budget, Fusion, Limits, Machine, Positive, Text, TwoOrMore
+from ffn_fusion.settings import Budget, Fusion, Limits, Machine, Positive, Space, Text, TwoOrMore
 from ffn_fusion.stages.analyze import analyze
 from ffn_fusion.stages.bench import bench
+from ffn_fusion.stages.cost import cost
 from ffn_fusion.stages.evaluate import HELD_OUT, evaluate
 from ffn_fusion.stages.fuse import fuse
 from ffn_fusion.stages.report import report
+from ffn_fusion.stages.score import changes_of, score
 from ffn_fusion.stages.search import given_plans, search
 
 PLAIN = Fusion(calibrate="none")
@@ -29,21 +31,26 @@ def run(
     out: Path,
     plan: str | None = None,
     start: str | None = None,
+    costs: Path | None = None,
+    force_costs: bool = False,
     windows: Positive = 8,
     fit_windows: TwoOrMore = 64,
     eval_text: tuple[str, ...] = HELD_OUT.text,
     eval_windows: Positive = 16,
     steps: bool = True,
     dry_run: bool = False,
-    budget: Budget = Budget(),  # noqa: B008, frozen
+    limits: Limits = Limits(),  # noqa: B008, frozen
+    budget: Budget = Budget(),  # noqa: B008
+    space: Space = Space(),  # noqa: B008
     fusion: Fusion = Fusion(),  # noqa: B008
     text: Text = Text(),  # noqa: B008
     machine: Machine = Machine(),  # noqa: B008
 ) -> str:
-    """Turn a model into a fused one: analyze, search, fuse, eval, bench and report, with one dial.
+    """Turn a model into a fused one: analyze, score, cost, search, fuse, eval, bench and report, with one dial.
 
-    The dial is --max-kl, --remove-attention, --plan or --start. Stages that are done are not done again; the
-    student is in OUT/student, the page is OUT/report.html.
+    The dial is --speedup, --latency-ms, --memory-gb or another limit of the hardware; or --remove-attention, --max-kl,
+    --plan or --start, which need no costs. Stages that are done are not done again; the student is in OUT/student, the
+    page is OUT/report.html.
 
     Parameters
     ----------
@@ -55,6 +62,10 @@ def run(
         A plan to build instead of searching, in any form that `fuse` reads.
     start
         A plan to begin the search with in place of removing attentions, such as another tool's.
+    costs
+        Costs that `cost` measured on another machine, to search for that one; without it, they are measured here.
+    force_costs
+        Use costs of another device or dtype; the result says so.
     windows
         Windows of calibration text that scores are measured on.
     fit_windows
@@ -73,23 +84,34 @@ def run(
             f"{', '.join(set(eval_text) & set(text.text))} is both calibration and held-out text; choose two"
         )
     parent = resolve_model(model)
-    given_plans(parent, plan, start, budget, Limits())
+    given_plans(parent, plan, start, budget, limits)
+    num_changes = len(changes_of(parent, space)) if limits.given else 0
     if dry_run:
-        return forecast(parent, windows, fit_windows, text, eval_windows, steps, machine)
+        return forecast(parent, windows, fit_windows, text, eval_windows, steps, machine, num_changes)
     analyze(model, out=out / "analysis", windows=windows, text=text, machine=machine)
-    found = search(
+    few = min(16, fit_windows)
+    searching = partial(
+        search,
         model,
-        analysis=out / "analysis",
         out=out / "search",
-        plan=plan,
-        start=start,
         windows=windows,
+        fit_windows=few,
         budget=budget,
-        fit_windows=min(16, fit_windows),
         fusion=fusion,
         text=text,
         machine=machine,
     )
+    if limits.given:
+        scores = out / "scores"
+        score(
+            model, out=scores, windows=windows, fit_windows=few, space=space, fusion=fusion, text=text, machine=machine
+        )
+        if costs is None:
+            costs = out / "costs"
+            cost(model, out=costs, device=machine.device, dtype=machine.dtype)
+        found = searching(scores=scores, costs=costs, force_costs=force_costs, limits=limits)
+    else:
+        found = searching(analysis=out / "analysis", plan=plan, start=start)
     best = Plan.parse(found.result.plan)
     student = out / "student"
     # The text for all of them: channels are chosen by it where the plan cuts FFNs.
@@ -118,9 +140,19 @@ def run(
 
 
 def forecast(
-    parent: ModelFolder, windows: int, fit_windows: int, text: Text, eval_windows: int, steps: bool, machine: Machine
+    parent: ModelFolder,
+    windows: int,
+    fit_windows: int,
+    text: Text,
+    eval_windows: int,
+    steps: bool,
+    machine: Machine,
+    num_changes: int,
 ) -> str:
-    """What a run will cost, from a timed matrix product and the model's sizes: an order of magnitude."""
+    """What a run will cost, from a timed matrix product and the model's sizes: an order of magnitude.
+
+    `num_changes` are scored for a search under a hardware budget.
+    """
     dtype, device = pick_dtype(machine, parent.checkpoint), pick_device(machine)
     parameters = sum(torch.Size(spec.shape).numel() for spec in parent.checkpoint.specs.values())
     size = sum(spec.num_bytes for spec in parent.checkpoint.specs.values())
@@ -128,12 +160,14 @@ def forecast(
     measured, layers = windows * text.length, parent.num_layers
     tokens = {
         "analyze": measured * layers * 2,
+        # Half of the layers and the head run again, and three layers on the text for fits.
+        "score": num_changes * (measured * 0.6 + 16 * text.length * 3 / layers),
         "search": measured * layers * 3 + 8 * (16 * text.length * 4 + measured),
         "fuse": fit_windows * text.length * 5,
         "eval": eval_windows * 1024 * (6 if steps else 2),
     }
     lines = [f"{parameters:,} parameters, {layers} layers, {device} in {str(dtype).removeprefix('torch.')}"]
-    lines += [f"{stage:8} about {_minutes(count * seconds_per_token)}" for stage, count in tokens.items()]
+    lines += [f"{stage:8} about {_minutes(count * seconds_per_token)}" for stage, count in tokens.items() if count]
     students = 3 if steps else 1
     logits = measured * parent.config.vocab_size * 4
     lines.append(f"disk     {students * size / 1e9:.1f} GB for {students} student(s)")

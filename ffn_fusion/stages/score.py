@@ -14,6 +14,7 @@ from ffn_fusion.folder import Environment, Record, StageFolder, run_stage
 from ffn_fusion.hf.deviation import Deviations
 from ffn_fusion.hf.machine import device_map, pick_dtype, where
 from ffn_fusion.hf.meter import Meter
+from ffn_fusion.hf.model import ModelFolder
 from ffn_fusion.hf.remote.configuration_ffn_fusion import WIDTH_MULTIPLE
 from ffn_fusion.hf.resolve import load_tokenizer, resolve_model
 from ffn_fusion.hf.text import read_windows
@@ -67,8 +68,7 @@ def score(
     def work(folder: StageFolder) -> tuple[ScoreResult, Environment]:
         meter = Meter(parent, parent.load(dtype, device_map(machine)), measured, fit, fusion, machine)
         deviations = Deviations(meter)
-        sizes = Sizes(space.kv_heads, space.widths, space.linear, WIDTH_MULTIPLE)
-        found = changes(parent.plan, parent.shapes, sizes)
+        found = changes_of(parent, space)
         (folder.state / SKETCHES).mkdir(exist_ok=True)
         scored = [
             _score(change, number, deviations, meter.counts, folder)
@@ -87,6 +87,11 @@ def score(
         return result, where(machine, dtype)
 
     return run_stage("score", out, inputs, ScoreResult, work)
+
+
+def changes_of(parent: ModelFolder, space: Space) -> list[Change]:
+    """Every single change of a parent that the space allows."""
+    return changes(parent.plan, parent.shapes, Sizes(space.kv_heads, space.widths, space.linear, WIDTH_MULTIPLE))
 
 
 def _score(change: Change, number: int, deviations: Deviations, counts: list[int], folder: StageFolder) -> ChangeScore:

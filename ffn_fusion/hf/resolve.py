@@ -26,8 +26,11 @@ YAML = (".yaml", ".yml")
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "LICENSE*"]
 
 
-def resolve_model(name: str) -> ModelFolder:
-    """The local folder behind a model's name, fetched or converted on first use; `UserError` says what is wrong."""
+def resolve_model(name: str, weights: bool = True) -> ModelFolder:
+    """The local folder behind a model's name, fetched or converted on first use; `UserError` says what is wrong.
+
+    Without `weights` a folder that holds nothing but a config.json will do.
+    """
     path = Path(name).expanduser()
     if name.startswith(PREFIX):
         model = ModelFolder(_builtin(name.removeprefix(PREFIX)))
@@ -39,7 +42,8 @@ def resolve_model(name: str) -> ModelFolder:
         raise UserError(f"{path} is a pickle file, which can run code when read; convert it to safetensors")
     else:
         model = ModelFolder(_hub(name))
-    model.check()
+    if weights or any(model.folder.glob("*.safetensors")):
+        model.check()
     return model
 
 

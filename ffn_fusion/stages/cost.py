@@ -15,7 +15,7 @@ from ffn_fusion.core.plan import Block, Plan
 from ffn_fusion.errors import UserError
 from ffn_fusion.folder import Environment, Record, StageFolder, run_stage
 from ffn_fusion.hf.collectives import check_ranks, measure_communication
-from ffn_fusion.hf.machine import pick_device, pick_dtype, where
+from ffn_fusion.hf.machine import DTYPES, pick_device, pick_dtype, where
 from ffn_fusion.hf.model import ModelFolder
 from ffn_fusion.hf.remote.configuration_ffn_fusion import WIDTH_MULTIPLE
 from ffn_fusion.hf.resolve import resolve_model
@@ -82,7 +82,8 @@ def cost(
     Parameters
     ----------
     model
-        Folder, GGUF file, Hub id or builtin:smollm2-135m; only its shapes are used.
+        Folder, GGUF file, Hub id or builtin:smollm2-135m; only its shapes are used, so that with --dtype a folder of
+        config.json alone will do.
     out
         New folder for the record.
     batch_size
@@ -103,9 +104,9 @@ def cost(
         Arithmetic; "auto" is the checkpoint's own.
     """
     machine = Machine(device=device, dtype=dtype)
-    parent, place = resolve_model(model), pick_device(machine)
+    parent, place = resolve_model(model, weights=False), pick_device(machine)
     check_ranks(tensor_parallel, place)
-    kind = pick_dtype(machine, parent.checkpoint)
+    kind = DTYPES.get(dtype) or pick_dtype(machine, parent.checkpoint)
     scenario = Scenario(batch_size, prompt_length, new_tokens)
     inputs = {"model": parent.fingerprint, "scenario": vars(scenario), "tensor_parallel": tensor_parallel}
     inputs |= {"widths": widths, "repeats": repeats, "dtype": str(kind), "device": where(machine, kind).device}

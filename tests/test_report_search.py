@@ -17,7 +17,6 @@ from ffn_fusion.core.comparison import Series, labels, proof, target_words
 from ffn_fusion.core.cost import ParameterCounts
 from ffn_fusion.core.cost_records import Checked, CostResult
 from ffn_fusion.core.cost_table import Communication, CostTable, Measured, ModelFacts, Scenario, SublayerTime, Timing
-from ffn_fusion.core.records import Spread
 from ffn_fusion.core.score_grid import grid, row_of
 from ffn_fusion.core.search_records import Candidate, ChangeScore, ScoreResult, SearchResult, Similarity
 from ffn_fusion.folder import RECORD, read_record
@@ -32,12 +31,12 @@ def candidate(plan: str, target: str, kl: float, ms: float, **changes: Any) -> C
 
 
 def taken(plan: str, target: str, kl: float, ms: float, **changes: Any) -> Candidate:
-    return candidate(plan, target, kl, ms, best=True, measured_ms=Spread(ms * 1.1, ms, ms * 1.2), **changes)
+    return candidate(plan, target, kl, ms, best=True, measured_ms=Measured(ms * 1.1, ms, ms * 1.2), **changes)
 
 
 def budget(*candidates: Candidate) -> SearchResult:
     first = next(c for c in candidates if c.best)
-    spread = Spread(8.8, 8.5, 9.0)
+    spread = Measured(8.8, 8.5, 9.0)
     return SearchResult(
         first.plan, first.predicted_kl, measured(0.05), first.kl, True, sample("measure"), [], list(candidates),
         PARENT_MS, spread,

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from ffn_fusion.core.records import Spread
+from ffn_fusion.core.cost_table import Measured
 from ffn_fusion.core.search_records import Candidate
 
 SOLVER = "mip"
@@ -39,7 +39,7 @@ class Series:
 
     name: str
     candidates: Sequence[Candidate]
-    parent_measured_ms: Spread | None = None
+    parent_measured_ms: Measured | None = None
 
     @property
     def plans(self) -> list[Candidate]:
@@ -64,13 +64,13 @@ class Series:
     @property
     def times(self) -> list[Pair]:
         """Predicted and measured milliseconds of every plan that was timed."""
-        return [(c.predicted_ms, c.measured_ms.median) for c in self.front if c.measured_ms]
+        return [(c.predicted_ms, c.measured_ms.ms) for c in self.front if c.measured_ms]
 
     def measured_speedup(self, candidate: Candidate) -> float | None:
         """Parent over plan, both timed in this search's own run."""
         if self.parent_measured_ms is None or candidate.measured_ms is None:
             return None
-        return self.parent_measured_ms.median / candidate.measured_ms.median
+        return self.parent_measured_ms.ms / candidate.measured_ms.ms
 
 
 def mean_error(pairs: Iterable[Pair]) -> float:

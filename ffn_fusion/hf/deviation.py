@@ -55,14 +55,15 @@ class Deviations:
         meter = self._meter
         plan = change.applied(meter.parent.plan)
         student, fitted = meter.student(plan)
-        first = min([change.first, *fitted])
+        # Blocks before the first that differs are the parent's, and so is the stream behind them.
+        blocks = [block.layers[0] for block in meter.parent.plan.blocks]
+        first = min([blocks.index(change.first), *fitted])
         kl: list[float] = []
         loss: list[float] = []
         sketches = []
         batches = zip(meter.batches, meter.references, self._streams, self._sketchers, strict=True)
         for ids, ref, streams, sketch in batches:
-            # Blocks before the first that differs are the parent's layers, and so is the stream behind them.
-            logits = resume(student, ids, first, streams[first].to(student.device))
+            logits = resume(student, ids, first, streams[blocks[first]].to(student.device))
             assert logits is not None
             kl += kl_to(ref, logits.flatten(0, 1)).view(ids.shape).sum(1).tolist()
             loss += _nll(logits, ids)

@@ -20,7 +20,7 @@ from ffn_fusion.core.cost_table import CostTable, Measured
 from ffn_fusion.core.plan import Plan
 from ffn_fusion.core.problem import Problem, evaluate, items_of
 from ffn_fusion.core.refine import corrected
-from ffn_fusion.core.search_records import Candidate, ScoreResult, SearchResult, Similarity
+from ffn_fusion.core.search_records import INTERACTIONS, Candidate, ScoreResult, SearchResult, Similarity
 from ffn_fusion.core.solve import Solution, solve
 from ffn_fusion.core.stats import Estimate
 from ffn_fusion.errors import UserError
@@ -32,7 +32,6 @@ from ffn_fusion.hf.remote.configuration_ffn_fusion import WIDTH_MULTIPLE
 from ffn_fusion.hf.stacks import Stack, read_costs, time_stacks
 from ffn_fusion.progress import track
 from ffn_fusion.settings import Limits, Machine, Method
-from ffn_fusion.stages.score import INTERACTIONS
 
 PLANS = "plans"
 """Folder of the plans of several budgets, by number."""

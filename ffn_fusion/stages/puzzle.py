@@ -215,9 +215,9 @@ class _Search:
             try:
                 found = self._within(replace(problem, scores=self._corrected(problem)), overlap)
             except UserError:
-                if number == 0:
-                    raise
-                return  # no other plan is left
+                if any(self._keeps(tried, problem.limits) for tried in self.tried):
+                    return  # no other plan is left
+                raise
             self._try(problem, found, f"MIP {number + 1}", target)
 
     def _within(self, problem: Problem, overlap: float) -> Solution:

@@ -146,7 +146,8 @@ def test_a_budget_whose_plans_were_all_measured_for_another_takes_the_best_of_th
     result = few.search(tmp_path / "search", "--sublayers", 3, "--sweep", 1.01, "--trials", 40)
     first, second = result.front
     assert 3 < len(result.candidates) < 40
-    assert (first.plan, first.kl) == (second.plan, second.kl)
+    assert second.plan in {candidate.plan for candidate in result.candidates if candidate.target == first.target}
+    assert second.kl.mean >= first.kl.mean
 
 
 def test_an_impossible_budget_is_one_line_with_the_tightest(

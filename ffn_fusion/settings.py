@@ -159,6 +159,24 @@ class Budget:
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
+class Grouping:
+    """How FFNs are put into fused groups, where no hardware budget has the solver do it.
+
+    Parameters
+    ----------
+    grouping
+        "measured" fuses least dependent neighbours first, as far as the measured KL allows; "paper" fills each
+        attention-free run from its first FFN on; "threshold" keeps FFNs apart that depend on each other too much.
+    max_dependency
+        For "threshold": the largest dependency between two FFNs of a group, as in the matrix of `analyze`.
+    """
+
+    grouping: Literal["measured", "paper", "threshold"] = "measured"
+    max_dependency: float | None = None
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
 class Limits:
     """The hardware budget, any combination. Times are for the request that the costs were measured for.
 

@@ -19,7 +19,7 @@ from conftest import save_tiny_parent
 from reference import one_line
 from safetensors.torch import load_file, save_file
 from test_contract import in_memory
-from texts import write_text
+from texts import as_windows, write_text
 from torch import Tensor
 
 from ffn_fusion.core.block_records import BldResult, UnitResult
@@ -270,10 +270,10 @@ def test_the_student_that_is_measured_is_the_one_that_is_written(
     folder = ModelFolder(tiny_parent("llama"))
     opened, plan = Library.open(library, folder, "folded"), Plan.parse(COMPOSED)
     model = folder.load(torch.float32, "cpu")
-    meter = Meter(folder, model, windows(8, 3), windows(8, 4), NOT_FITTED, Machine(), opened)
+    meter = Meter(folder, model, as_windows(windows(8, 3)), as_windows(windows(8, 4)), NOT_FITTED, Machine(), opened)
     write_student(folder, plan, tmp_path, "folded", {}, opened.channels(plan), opened)
     student = ModelFolder(tmp_path)
-    written = Meter(folder, model, windows(8, 3), windows(8, 4), NOT_FITTED, Machine())
+    written = Meter(folder, model, as_windows(windows(8, 3)), as_windows(windows(8, 4)), NOT_FITTED, Machine())
     with torch.no_grad():
         kl = written._kl_of(student.load(torch.float32, "cpu")).mean
     assert meter.fused(plan).mean == pytest.approx(kl, rel=1e-4)
@@ -290,7 +290,8 @@ def test_trained_blocks_are_closer_to_the_parent_in_the_whole_model(tiny_parent:
     model = folder.load(torch.float32, "cpu")
     for fusion in (NOT_FITTED, Fusion()):
         trained, untrained = (
-            Meter(folder, model, windows(16, 3), ids, fusion, Machine(), library) for library in (known, None)
+            Meter(folder, model, as_windows(windows(16, 3)), as_windows(ids), fusion, Machine(), library)
+            for library in (known, None)
         )
         assert trained.fused(plan).mean < 0.96 * untrained.fused(plan).mean
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from texts import as_windows
 from torch import Tensor
 
 from ffn_fusion.core.plan import Plan
@@ -50,7 +51,9 @@ def test_a_fit_lowers_the_kl_of_the_whole_model(target: str, tiny_parent: Callab
     folder = ModelFolder(tiny_parent("llama"))
     model = folder.load(torch.float32, "cpu")
     plan = PLAN if target == "parent" else Plan.parse("A0F0 A1F1 -F2+3+4 A5F5")
-    meter = Meter(folder, model, windows(8, 1), windows(64, 0), Fusion(calibrate=target), MACHINE)  # type: ignore[arg-type]
+    meter = Meter(
+        folder, model, as_windows(windows(8, 1)), as_windows(windows(64, 0)), Fusion(calibrate=target), MACHINE
+    )  # type: ignore[arg-type]
     fitted = meter.fused(plan).mean
     meter.fusion = replace(meter.fusion, calibrate="none")
     assert fitted < meter.fused(plan).mean
@@ -58,7 +61,14 @@ def test_a_fit_lowers_the_kl_of_the_whole_model(target: str, tiny_parent: Callab
 
 def test_the_identity_plan_costs_nothing_and_fits_nothing(tiny_parent: Callable[[str], Path]) -> None:
     folder = ModelFolder(tiny_parent("llama"))
-    meter = Meter(folder, folder.load(torch.float32, "cpu"), windows(4, 1), windows(8, 0), Fusion(), MACHINE)
+    meter = Meter(
+        folder,
+        folder.load(torch.float32, "cpu"),
+        as_windows(windows(4, 1)),
+        as_windows(windows(8, 0)),
+        Fusion(),
+        MACHINE,
+    )
     assert abs(meter.fused(folder.plan).mean) < 1e-5
     assert list(calibration(folder, folder.plan).run(windows(8, 0))) == []
 

@@ -25,9 +25,8 @@ PARTS = {
     "stages.report": {"stages.figures", "stages.figures_search", "stages.gather"},
     "stages.figures_search": {"stages.figures"},
     "stages.search": {"stages.greedy", "stages.puzzle"},
-    "stages.puzzle": {"stages.score"},
 }
-"""Modules of one stage, which may import each other; `puzzle` takes the name of a file from `score`."""
+"""Modules of one stage, which may import each other."""
 MAX_LINES = 330
 
 

@@ -15,6 +15,7 @@ from reference import one_line, planned_logits, relative_error
 from safetensors.torch import load_file
 from test_contract import TOLERANCE, in_memory
 from test_variants import walk_of, windows
+from texts import as_windows
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -249,7 +250,14 @@ def test_a_linear_ffn_is_fitted(family: str, target: str, tiny_parent: Parent, t
     fit, weight = fits[1]
     assert fit.error_after < 0.9 * fit.error_before
     assert tuple(weight.shape) == (64, 64)
-    meter = Meter(parent, parent.load(torch.float32, "cpu"), windows(8, 2), windows(64, 1), fusion, Machine())
+    meter = Meter(
+        parent,
+        parent.load(torch.float32, "cpu"),
+        as_windows(windows(8, 2)),
+        as_windows(windows(64, 1)),
+        fusion,
+        Machine(),
+    )
     assert meter.fused(plan).mean < meter.plain(plan).mean
 
 
@@ -261,7 +269,9 @@ def test_a_linear_ffn_of_the_parents_own_is_no_new_one() -> None:
 
 def test_what_is_measured_is_what_is_written(tiny_parent: Parent, student: Callable[[str], ModelFolder]) -> None:
     parent = ModelFolder(tiny_parent("phi3"))
-    meter = Meter(parent, parent.load(torch.float32, "cpu"), windows(), windows(16), NOTHING, Machine())
+    meter = Meter(
+        parent, parent.load(torch.float32, "cpu"), as_windows(windows()), as_windows(windows(16)), NOTHING, Machine()
+    )
     built = meter._student(PLAN, {})
     with torch.no_grad():
         assert relative_error(logits(built), logits(student("phi3").load(torch.float32, "cpu"))) < 1e-6

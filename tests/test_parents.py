@@ -11,7 +11,7 @@ import torch
 from conftest import save_tiny_parent
 from reference import one_line, relative_error
 from safetensors.torch import load_file, save_file
-from texts import write_text
+from texts import as_windows, write_text
 from torch import Tensor
 
 from ffn_fusion.core.plan import Plan
@@ -219,7 +219,12 @@ def windows(count: int, seed: int) -> Tensor:
 
 def test_an_uneven_parent_can_be_measured_and_fitted(puzzled: ModelFolder) -> None:
     meter = Meter(
-        puzzled, puzzled.load(torch.float32, "cpu"), windows(4, 1), windows(32, 0), Fusion(), Machine(batch_size=3)
+        puzzled,
+        puzzled.load(torch.float32, "cpu"),
+        as_windows(windows(4, 1)),
+        as_windows(windows(32, 0)),
+        Fusion(),
+        Machine(batch_size=3),
     )
     assert abs(meter.fused(puzzled.plan).mean) < 1e-5
     removed = meter.removals([6], [3])[3].mean

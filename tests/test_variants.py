@@ -11,7 +11,7 @@ from conftest import FAMILIES, VOCAB_SIZE, save_tiny_parent
 from reference import one_line, planned_logits, relative_error, top_channels
 from safetensors.torch import load_file
 from test_contract import TOLERANCE, in_memory
-from texts import write_text
+from texts import as_windows, write_text
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -203,7 +203,7 @@ def test_the_student_that_is_measured_is_the_one_that_is_written(tiny_parent: Pa
     folder, fit = ModelFolder(tiny_parent("llama")), windows(16, 0)
     model, machine = folder.load(torch.float32, "cpu"), Machine(batch_size=2)
     fusion = Fusion(calibrate="none")
-    meter = Meter(folder, model, windows(), fit, fusion, machine)
+    meter = Meter(folder, model, as_windows(windows()), as_windows(fit), fusion, machine)
     for passed in measure(walk_of(folder), fit, PLAN.widths):
         channels = {layer: kept_channels(c, PLAN.widths[layer]) for layer, c in passed.found.items()}
     write_student(folder, PLAN, tmp_path, "folded", {}, channels)
@@ -223,7 +223,14 @@ def test_a_fit_makes_up_for_smaller_sublayers(target: str, tiny_parent: Parent) 
     fits = [fit for fit, _, _ in Calibration(walk_of(folder), plan, fusion, chosen(folder, plan)).run(windows(48, 1))]
     assert [fit.block for fit in fits] == [1, 3]
     assert all(fit.error_after <= fit.error_before for fit in fits)
-    meter = Meter(folder, folder.load(torch.float32, "cpu"), windows(8, 2), windows(64, 1), fusion, Machine())
+    meter = Meter(
+        folder,
+        folder.load(torch.float32, "cpu"),
+        as_windows(windows(8, 2)),
+        as_windows(windows(64, 1)),
+        fusion,
+        Machine(),
+    )
     assert meter.fused(plan).mean < meter.plain(plan).mean
 
 

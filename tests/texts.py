@@ -3,6 +3,11 @@
 import random
 from pathlib import Path
 
+from torch import Tensor
+
+from ffn_fusion.core.records import Sample
+from ffn_fusion.hf.text import Windows
+
 WORDS = [
     "the",
     "a",
@@ -39,3 +44,8 @@ def write_text(folder: Path, name: str = "text.txt", seed: int = 0, documents: i
     for number in range(documents):
         (path / f"{number:03}.txt").write_text(sentences(12, seed * 1000 + number))
     return path
+
+
+def as_windows(ids: Tensor) -> Windows:
+    """Token ids [windows, length] as if a text had been read."""
+    return Windows(ids, (1,) * len(ids), Sample([], "measure", len(ids), ids.shape[1], 0, ""))

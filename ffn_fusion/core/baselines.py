@@ -111,10 +111,7 @@ def _without(block: Block | None, part: str) -> Block | None:
 
 def _parents(problem: Problem) -> Choice:
     """The parent itself."""
-    own = [
-        next((at for at, option in enumerate(options) if option.block and not option.items), None)
-        for options in problem.options
-    ]
+    own = [next((at for at, option in enumerate(options) if not option.items), None) for options in problem.options]
     if None in own:
         raise ValueError(f"layer {own.index(None)} has no option without items, which is the parent's own")
     return Choice(tuple(at for at in own if at is not None))

@@ -89,7 +89,7 @@ class Variants:
         links = list(self._links(ledger)) if fuse else []
         values, gram = _relative_to_removal(values, gram, {link.item: self._removal(link.left + 1) for link in links})
         return Problem(
-            options=[list(self._options(layer, ledger)) for layer in self._own],
+            options=[list(self._options(layer, ledger)) for layer in range(len(ledger.shapes))],
             scores=values.tolist(),
             limits=limits,
             fixed=ledger.fixed(),
@@ -99,6 +99,9 @@ class Variants:
         )
 
     def _options(self, layer: int, ledger: Ledger) -> Iterator[Option]:
+        if layer not in self._own:
+            yield Option(None)  # padding in the parent, so that options are found by layer
+            return
         own = self._own[layer]
         blocks = [Block.parse(s.block) for s in self._scores.changes if s.first == s.last == layer and s.block]
         attentions = [own.attention, *(block.attention for block in blocks if block.ffns == own.ffns)]

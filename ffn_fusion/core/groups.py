@@ -42,13 +42,13 @@ def fuse_independent(
 
 
 def attention_free_runs(plan: Plan) -> list[tuple[int, ...]]:
-    """Source layers of consecutive blocks that are FFNs alone, longest run first.
+    """Source layers of consecutive blocks that are FFNs alone and not linear layers, longest run first.
 
     Unlike `Plan.runs`, without the FFN of the attention block before them, which the paper never fuses.
     """
     runs: list[list[int]] = [[]]
     for block in plan.blocks:
-        if block.attention:
+        if block.attention or block.has_linear_ffn:
             runs.append([])
         else:
             runs[-1].extend(ffn.layer for ffn in block.ffns)

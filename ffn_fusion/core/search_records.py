@@ -7,6 +7,9 @@ from ffn_fusion.core.plan import Plan
 from ffn_fusion.core.records import Sample
 from ffn_fusion.core.stats import Estimate
 
+INTERACTIONS = "interactions.safetensors"
+"""File beside the record of `score`: "gram" [M, M], the Gram matrix of the changes' deviations."""
+
 
 @dataclass(frozen=True)
 class Similarity:
@@ -34,7 +37,7 @@ class ChangeScore:
 
 @dataclass(frozen=True)
 class ScoreResult:
-    """Replace-one-block scores of a parent (Puzzle). How two changes interact is in `interactions.safetensors`."""
+    """Replace-one-block scores of a parent (Puzzle). How two changes interact is in `INTERACTIONS`."""
 
     model: str
     num_layers: int

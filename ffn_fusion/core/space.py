@@ -52,20 +52,25 @@ class Sizes:
 def changes(parent: Plan, shapes: Sequence[BlockShape], sizes: Sizes) -> list[Change]:
     """Every single change of the parent, layer by layer: attention variants, FFN variants, the layer dropped, links.
 
-    The first layer keeps its attention, which engines size their cache by.
+    The first layer keeps its attention, which engines size their cache by. What a parent lacks or has as a linear layer
+    already is no change of it.
     """
     blocks = {block.layers[0]: block for block in parent.blocks}
     found: list[Change] = []
     for layer, own in blocks.items():
         variants = [Block(attention, own.ffns) for attention in _attentions(own, shapes[layer], sizes, layer > 0)]
         variants += [Block(own.attention, ffns) for ffns in _ffns(own, shapes[layer], sizes)]
-        found += [Change(layer, layer, variant) for variant in variants if variant.layers]
-        if layer > 0 and (own.attention and own.ffns):
+        found += [Change(layer, layer, variant) for variant in variants]
+        if layer > 0:
             found.append(Change(layer, layer, None))
         below = blocks.get(layer + 1)
-        if below and own.ffns and below.ffns:
+        if below and _fusible(own) and _fusible(below):
             found.append(Change(layer, layer + 1, Block(own.attention, own.ffns + below.ffns)))
     return found
+
+
+def _fusible(block: Block) -> bool:
+    return bool(block.ffns) and not block.has_linear_ffn
 
 
 def _attentions(own: Block, shape: BlockShape, sizes: Sizes, removable: bool) -> Iterator[Attention | None]:
@@ -76,9 +81,9 @@ def _attentions(own: Block, shape: BlockShape, sizes: Sizes, removable: bool) ->
     for kv_heads in sorted(wanted, reverse=True):
         if kv_heads < shape.kv_heads and shape.kv_heads % kv_heads == 0:
             yield Attention(layer, kv_heads)
+    if removable and sizes.linear and not own.attention.linear:
+        yield Attention(layer, linear=True)
     if removable and own.ffns:
-        if sizes.linear:
-            yield Attention(layer, linear=True)
         yield None
 
 
@@ -91,7 +96,7 @@ def _ffns(own: Block, shape: BlockShape, sizes: Sizes) -> Iterator[tuple[Ffn, ..
     for width in sorted(widths, reverse=True):
         if 0 < width < shape.ffn_width:
             yield (Ffn(layer, width),)
-    if sizes.linear:
+    if sizes.linear and not own.has_linear_ffn:
         yield (Ffn(layer, linear=True),)
     if own.attention:
         yield ()

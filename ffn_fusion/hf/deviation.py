@@ -8,11 +8,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ffn_fusion.core.fisher import Sketcher, signs
-from ffn_fusion.core.losses import kl_to, nll
+from ffn_fusion.core.losses import nll
 from ffn_fusion.core.search_records import Similarity
 from ffn_fusion.core.space import Change
 from ffn_fusion.hf.arch import ATTENTION, FFN
-from ffn_fusion.hf.meter import Meter
+from ffn_fusion.hf.meter import Meter, kl_per_window
 from ffn_fusion.hf.probe import record, resume
 
 
@@ -38,35 +38,46 @@ class Deviations:
     def __init__(self, meter: Meter) -> None:
         self._meter = meter
         projection = signs(meter.parent.config.vocab_size, meter.model.device)
-        self._sketchers = [Sketcher(ref, projection) for ref in meter.references]
-        self._streams: list[list[Tensor]] = []
-        turns: list[Tensor] = []
-        self.nll: list[float] = []
+        self._sketchers = meter.halving(lambda: [Sketcher(ref, projection) for ref in meter.references])
+        self._streams: list[list[Tensor]]
+        """The parent's stream before each layer and after the last, [length, d] of each window."""
+        self.nll: list[float]
         """Of the parent, summed over the tokens of each window."""
-        for ids in meter.batches:
-            clean = record(meter.model, ids)
-            self._streams.append([stream.cpu() for stream in clean.streams])
-            self.nll += _nll(clean.logits, ids)
-            turns.append(torch.stack(list(_similarities(meter.model, clean.streams, clean.outputs))))
-        self.similarity = _mean(turns)
+        self._streams, self.nll, self.similarity = meter.halving(self._parent)
+
+    def _parent(self) -> tuple[list[list[Tensor]], list[float], Similarity]:
+        meter = self._meter
+        streams, loss, turns = [], list[float](), []
+        for batch in meter.batches():
+            clean = record(meter.model, meter.ids[batch])
+            host = [stream.cpu() for stream in clean.streams]
+            streams += [[stream[window] for stream in host] for window in range(len(host[0]))]
+            loss += _nll(clean.logits, meter.ids[batch])
+            turns.append(torch.stack(list(_similarities(meter.model, clean.streams, clean.outputs)), 1))
+        attention, ffn, layer = torch.cat(turns).mean(0).T.tolist()
+        return streams, loss, Similarity(attention, ffn, layer)
 
     def of(self, change: Change) -> Deviation:
         """Build, fit and measure one change."""
+        return self._meter.halving(lambda: self._of(change))
+
+    def _of(self, change: Change) -> Deviation:
         meter = self._meter
-        plan = change.applied(meter.parent.plan)
-        student, fitted = meter.student(plan)
-        first = min([change.first, *fitted])
+        student, fitted = meter.student(change.applied(meter.parent.plan))
+        # Blocks before the first that differs are the parent's, and so is the stream behind them.
+        blocks = [block.layers[0] for block in meter.parent.plan.blocks]
+        first = min([blocks.index(change.first), *fitted])
         kl: list[float] = []
         loss: list[float] = []
-        sketches = []
-        batches = zip(meter.batches, meter.references, self._streams, self._sketchers, strict=True)
-        for ids, ref, streams, sketch in batches:
-            # Blocks before the first that differs are the parent's layers, and so is the stream behind them.
-            logits = resume(student, ids, first, streams[first].to(student.device))
+        sketches: list[Tensor] = []
+        for batch in meter.batches():
+            ids = meter.ids[batch]
+            stream = torch.stack([streams[blocks[first]] for streams in self._streams[batch]])
+            logits = resume(student, ids, first, stream.to(student.device))
             assert logits is not None
-            kl += kl_to(ref, logits.flatten(0, 1)).view(ids.shape).sum(1).tolist()
+            kl += kl_per_window(meter.references[batch], logits)
             loss += _nll(logits, ids)
-            sketches.append(sketch(logits.flatten(0, 1)).cpu())
+            sketches += [sketch(window).cpu() for sketch, window in zip(self._sketchers[batch], logits, strict=True)]
         return Deviation(kl, loss, torch.cat(sketches))
 
 
@@ -79,7 +90,8 @@ def _nll(logits: Tensor, ids: Tensor) -> list[float]:
 def _similarities(
     model: PreTrainedModel, streams: list[Tensor], outputs: dict[tuple[int, str], Tensor]
 ) -> Iterator[Tensor]:
-    """For each layer, mean over tokens of the cosine between input and output of its attention, FFN and whole, [3]."""
+    """For each layer, the cosine between input and output of its attention, FFN and whole, [windows, 3]: means over
+    the tokens of each window."""
     for index, layer in enumerate(model.model.layers):
         x = streams[index].float()
         cosines = []
@@ -87,12 +99,7 @@ def _similarities(
         for part in (ATTENTION, FFN):
             out = outputs.get((index, part))
             after = middle if out is None else middle + out.float() * layer.residual_multiplier
-            cosines.append(torch.nn.functional.cosine_similarity(middle, after, dim=-1).mean())
+            cosines.append(torch.nn.functional.cosine_similarity(middle, after, dim=-1).mean(-1))
             middle = after
-        whole = torch.nn.functional.cosine_similarity(x, streams[index + 1].float().to(x.device), dim=-1).mean()
-        yield torch.stack([*cosines, whole]).cpu()
-
-
-def _mean(batches: list[Tensor]) -> Similarity:
-    attention, ffn, layer = torch.stack(batches).mean(0).T.tolist()
-    return Similarity(attention, ffn, layer)
+        whole = torch.nn.functional.cosine_similarity(x, streams[index + 1].float().to(x.device), dim=-1).mean(-1)
+        yield torch.stack([*cosines, whole], -1).cpu()

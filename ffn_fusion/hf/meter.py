@@ -1,8 +1,10 @@
 """Measures what a plan costs: builds the student in memory, fits it, and takes its KL to the parent."""
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from ffn_fusion.core.losses import Reference, kl_to, reference
 from ffn_fusion.core.plan import Plan
 from ffn_fusion.core.pruning import Cuts, kept_channels
 from ffn_fusion.core.stats import Estimate, estimate
+from ffn_fusion.errors import UserError
 from ffn_fusion.hf.arch import ATTENTION
 from ffn_fusion.hf.calibrate import Calibration
 from ffn_fusion.hf.contribution import contribution_of
@@ -24,13 +27,15 @@ from ffn_fusion.hf.text import Windows
 from ffn_fusion.hf.walk import ParentWalk
 from ffn_fusion.settings import Fusion, Machine
 
+T = TypeVar("T")
+
 
 class Meter:
     """Holds a parent in memory with its predictions on the measuring text, and measures students against it.
 
     Students have a library's trained blocks, if there is one, before they are fitted.
     Memory: the parent, its probabilities on all measured tokens in float32, the changed blocks of one student, and on
-    the host the parent's streams on the fitting text.
+    the host the parent's streams on the fitting text. Where that is too much for the device, batches are halved.
     """
 
     def __init__(
@@ -45,8 +50,7 @@ class Meter:
     ) -> None:
         self.parent, self.model, self.fusion, self.machine, self.library = parent, model, fusion, machine, library
         self.sample, self._fit = measure.sample, fit.ids
-        self.batches = [batch.to(model.device) for batch in measure.ids.split(machine.batch_size)]
-        self.references = [reference(record(model, ids, outputs=False).logits.flatten(0, 1)) for ids in self.batches]
+        self.ids = measure.ids.to(model.device)
         self.counts = [measure.sample.length] * measure.sample.num_windows
         self._walk = ParentWalk(
             parent,
@@ -56,18 +60,50 @@ class Meter:
             batch_size=machine.batch_size,
         )
         self._contributions = dict(library.contributions) if library else {}
+        self.references = self.halving(self._references)
+        """The parent's predictions on each window."""
 
     @property
     def calibrates(self) -> bool:
         return self.fusion.calibrate != "none"
 
+    @property
+    def batch_size(self) -> int:
+        """Windows computed at once."""
+        return self._walk.batch_size
+
+    def batches(self) -> Iterator[slice]:
+        """The windows of the measuring text that are computed at once."""
+        for start in range(0, len(self.ids), self.batch_size):
+            yield slice(start, start + self.batch_size)
+
+    def halving(self, measure: Callable[[], T]) -> T:
+        """What `measure` returns, begun anew with batches half as large while the device is out of memory."""
+        while True:
+            try:
+                return measure()
+            except torch.OutOfMemoryError:
+                if self.batch_size == 1:
+                    raise UserError(
+                        f"the GPU has too little memory to measure {len(self.ids)} windows of {self.sample.length} "
+                        "tokens, even one at a time; choose fewer --windows, a shorter --length or another --dtype"
+                    ) from None
+            # Not in the handler: the error holds on to the tensors of what failed.
+            torch.cuda.empty_cache()
+            self._walk.batch_size //= 2
+            print(f"the GPU is out of memory; going on with --batch-size {self.batch_size}", file=sys.stderr)
+
+    def _references(self) -> list[Reference]:
+        passes = (record(self.model, self.ids[batch], outputs=False).logits for batch in self.batches())
+        return [reference(window) for logits in passes for window in logits]
+
     def plain(self, plan: Plan) -> Estimate:
         """KL of the plan as it is put together, nothing fitted."""
-        return self._kl_of(self._student(plan, {}))
+        return self.halving(lambda: self._kl_of(self._student(plan, {})))
 
     def fused(self, plan: Plan) -> Estimate:
         """KL of the plan after the calibration that `fusion` asks for."""
-        return self._kl_of(self.student(plan)[0])
+        return self.halving(lambda: self._kl_of(self.student(plan)[0]))
 
     def student(self, plan: Plan) -> tuple[PreTrainedModel, list[int]]:
         """The plan's student after the calibration that `fusion` asks for, and the blocks that were fitted."""
@@ -82,7 +118,7 @@ class Meter:
         """Channels kept of each FFN that the plan cuts; contributions are measured once for all plans."""
         missing = [layer for layer in plan.widths if layer not in self._contributions]
         if missing:
-            self._walk.enter(self._fit[: self.machine.batch_size])
+            self._walk.enter(self._fit[: self.batch_size])
         for layer in missing:
             self._contributions[layer] = contribution_of(self._walk, self._fit_streams[layer].clone(), layer)
         return {layer: kept_channels(self._contributions[layer], width) for layer, width in plan.widths.items()}
@@ -90,25 +126,28 @@ class Meter:
     @cached_property
     def _fit_streams(self) -> list[Tensor]:
         """The parent's stream on the fitting text before each layer and after the last, on the host."""
-        batches = self._fit.to(self.model.device).split(self.machine.batch_size)
+        batches = self._fit.to(self.model.device).split(self.batch_size)
         passes = [[s.cpu() for s in record(self.model, ids, outputs=False).streams] for ids in batches]
         return [torch.cat(parts) for parts in zip(*passes, strict=True)]
 
     def removals(self, removed: list[int], candidates: list[int]) -> dict[int, Estimate]:
         """KL with the attentions `removed` and each one of `candidates` gone, from the layer where it differs."""
+        return self.halving(lambda: self._removals(removed, candidates))
+
+    def _removals(self, removed: list[int], candidates: list[int]) -> dict[int, Estimate]:
         sums: dict[int, list[float]] = {layer: [] for layer in candidates}
         with _without_all(self.model, removed):
-            for ids, ref in zip(self.batches, self.references, strict=True):
-                base = record(self.model, ids, outputs=False)
+            for batch in self.batches():
+                base = record(self.model, self.ids[batch], outputs=False)
                 for layer in candidates:
-                    sums[layer] += self._removal(ids, ref, base, layer)
+                    sums[layer] += self._removal(batch, base, layer)
         return {layer: estimate(per_window, self.counts) for layer, per_window in sums.items()}
 
-    def _removal(self, ids: Tensor, ref: Reference, base: Pass, layer: int) -> list[float]:
+    def _removal(self, batch: slice, base: Pass, layer: int) -> list[float]:
         with without(self.model, layer, ATTENTION):
-            logits = resume(self.model, ids, layer, base.streams[layer])
+            logits = resume(self.model, self.ids[batch], layer, base.streams[layer])
         assert logits is not None
-        return _per_window(ref, logits)
+        return kl_per_window(self.references[batch], logits)
 
     def _student(self, plan: Plan, fits: dict[str, Tensor]) -> PreTrainedModel:
         cuts = Cuts(self.parent.head_dim, self._channels(plan))
@@ -121,14 +160,16 @@ class Meter:
     @torch.no_grad()
     def _kl_of(self, student: PreTrainedModel) -> Estimate:
         sums: list[float] = []
-        for ids, ref in zip(self.batches, self.references, strict=True):
-            sums += _per_window(ref, student(input_ids=ids, use_cache=False).logits)
+        for batch in self.batches():
+            logits = student(input_ids=self.ids[batch], use_cache=False).logits
+            sums += kl_per_window(self.references[batch], logits)
         return estimate(sums, self.counts)
 
 
-def _per_window(ref: Reference, logits: Tensor) -> list[float]:
-    per_window: list[float] = kl_to(ref, logits.flatten(0, 1)).view(logits.shape[:2]).sum(1).tolist()
-    return per_window
+def kl_per_window(references: Sequence[Reference], logits: Tensor) -> list[float]:
+    """KL of logits [windows, length, V] to the parent's predictions, summed over the tokens of each window."""
+    sums = [kl_to(ref, window).sum() for ref, window in zip(references, logits, strict=True)]
+    return [float(total) for total in torch.stack(sums)]
 
 
 def _without_all(model: PreTrainedModel, layers: list[int]) -> ExitStack:

@@ -4,18 +4,27 @@ from collections.abc import Callable, Sequence
 from itertools import count
 
 from ffn_fusion.core.dependency import Merge, apply_merges, propose_merges
+from ffn_fusion.core.groups import check_groups, fuse_independent, fuse_runs
 from ffn_fusion.core.plan import Plan, contiguous
 from ffn_fusion.core.records import AnalyzeResult
 from ffn_fusion.core.search_records import SearchResult, SearchStep
 from ffn_fusion.core.stats import Estimate
+from ffn_fusion.errors import UserError
 from ffn_fusion.folder import StageFolder
 from ffn_fusion.hf.meter import Meter
+from ffn_fusion.hf.model import ModelFolder
 from ffn_fusion.progress import track
-from ffn_fusion.settings import Budget
+from ffn_fusion.settings import Budget, Grouping
 
 
 def search_greedily(
-    analysed: AnalyzeResult, budget: Budget, given: Plan | None, begun: Plan | None, meter: Meter, folder: StageFolder
+    analysed: AnalyzeResult,
+    budget: Budget,
+    grouping: Grouping,
+    given: Plan | None,
+    begun: Plan | None,
+    meter: Meter,
+    folder: StageFolder,
 ) -> SearchResult:
     """A plan found by measuring step after step; `given` is only measured, `begun` is where the fusing starts."""
     parent, steps = meter.parent, list[SearchStep]()
@@ -31,12 +40,37 @@ def search_greedily(
             steps.append(SearchStep("begin with the plan given", unfused, True))
         else:
             base, unfused = _remove(parent.plan, analysed, _Removals(meter, folder), budget, steps)
-        widths = [base.widths.get(layer, own) for layer, own in enumerate(parent.config.ffn_widths)]
-        merges = propose_merges(base, analysed.ffn_dependency, widths, budget.max_fused_width, budget.skip_last)
         limit = budget.max_kl if budget.max_kl is not None else unfused.mean * (1 + budget.fusion_slack)
-        found, kl = fuse_within(base, merges, measure_fused, limit, budget.trials, steps)
+        if grouping.grouping == "measured":
+            widths = widths_of(base, parent)
+            merges = propose_merges(base, analysed.ffn_dependency, widths, budget.max_fused_width, budget.skip_last)
+            found, kl = fuse_within(base, merges, measure_fused, limit, budget.trials, steps)
+        else:
+            ruled = _by_rule(base, parent, analysed, budget, grouping)
+            found, kl = _whole_or_not(base, ruled, measure_fused, limit, steps)
     predicted = _predicted(parent.plan, found, analysed)
     return SearchResult(str(found), predicted, unfused, kl, meter.calibrates, meter.sample, steps)
+
+
+def widths_of(plan: Plan, parent: ModelFolder) -> list[int]:
+    """Channels that each FFN of the parent has in a plan."""
+    return [plan.widths.get(layer, own) for layer, own in enumerate(parent.config.ffn_widths)]
+
+
+def check_grouping(grouping: Grouping, budget: Budget, given: Plan | None, parent: ModelFolder) -> None:
+    """`UserError` if a rule lacks its threshold or has one in vain, or the groups of a given plan break the rules."""
+    if (grouping.grouping == "threshold") != (grouping.max_dependency is not None):
+        raise UserError("--grouping threshold and --max-dependency X go together; give both or neither")
+    if given:
+        check_groups(given, given.groups, widths_of(given, parent), budget.max_fused_width, budget.skip_last)
+
+
+def _by_rule(base: Plan, parent: ModelFolder, analysed: AnalyzeResult, budget: Budget, grouping: Grouping) -> Plan:
+    """The plan with the groups that the paper's rule or a threshold of dependency gives."""
+    widths, most = widths_of(base, parent), budget.max_fused_width
+    if grouping.max_dependency is None:
+        return fuse_runs(base, widths, most, budget.skip_last)
+    return fuse_independent(base, analysed.ffn_dependency, grouping.max_dependency, widths, most, budget.skip_last)
 
 
 class _Removals:
@@ -111,6 +145,20 @@ def fuse_within(
         return accept(current, best, part[middle:])
 
     return accept(plan, best, merges)
+
+
+def _whole_or_not(
+    plan: Plan, ruled: Plan, measure: Callable[[Plan], Estimate], limit: float, steps: list[SearchStep]
+) -> tuple[Plan, Estimate]:
+    """The groups of a rule if their measured KL is within `limit`, else none; the plan taken and its KL."""
+    apart = measure(plan)
+    steps.append(SearchStep("calibrate, nothing fused", apart, True))
+    if ruled == plan:
+        return plan, apart
+    kl = measure(ruled)
+    kept = kl.mean <= limit
+    steps.append(SearchStep(f"fuse by rule: {'; '.join(map(contiguous, ruled.groups))}", kl, kept))
+    return (ruled, kl) if kept else (plan, apart)
 
 
 def _predicted(parent: Plan, plan: Plan, analysed: AnalyzeResult) -> float:

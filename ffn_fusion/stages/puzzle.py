@@ -21,7 +21,7 @@ from ffn_fusion.core.cost_table import CostTable, Measured
 from ffn_fusion.core.plan import Plan
 from ffn_fusion.core.problem import Problem, evaluate, items_of
 from ffn_fusion.core.refine import Lesson, Vector, learned
-from ffn_fusion.core.search_records import Candidate, ScoreResult, SearchResult, Similarity
+from ffn_fusion.core.search_records import INTERACTIONS, Candidate, ScoreResult, SearchResult, Similarity
 from ffn_fusion.core.solve import Solution, solve
 from ffn_fusion.core.stats import Estimate
 from ffn_fusion.errors import UserError
@@ -33,7 +33,6 @@ from ffn_fusion.hf.remote.configuration_ffn_fusion import WIDTH_MULTIPLE
 from ffn_fusion.hf.stacks import Stack, read_costs, time_stacks
 from ffn_fusion.progress import track
 from ffn_fusion.settings import Limits, Machine, Method
-from ffn_fusion.stages.score import INTERACTIONS
 
 PLANS = "plans"
 """Folder of the plans of several budgets, by number."""
@@ -244,9 +243,9 @@ class _Search:
             try:
                 found = self._within(problem, overlap)
             except UserError:
-                if number == 0:
-                    raise
-                return  # no other plan is left
+                if any(self._keeps(tried, limits) for tried in self.tried):
+                    return  # no other plan is left
+                raise
             self._try(found, f"MIP {number + 1}", target)
 
     def _within(self, problem: Problem, overlap: float) -> Solution:

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ffn_fusion.core.fisher import gram
-from ffn_fusion.core.search_records import ChangeScore, ScoreResult
+from ffn_fusion.core.search_records import INTERACTIONS, ChangeScore, ScoreResult
 from ffn_fusion.core.space import Change, Sizes, changes
 from ffn_fusion.core.stats import estimate
 from ffn_fusion.folder import Environment, Record, StageFolder, run_stage
@@ -21,7 +21,6 @@ from ffn_fusion.hf.text import read_windows
 from ffn_fusion.progress import track
 from ffn_fusion.settings import Fusion, Machine, Positive, Space, Text, TwoOrMore
 
-INTERACTIONS = "interactions.safetensors"
 SKETCHES = "sketches"
 
 

@@ -17,7 +17,7 @@ from ffn_fusion.hf.meter import Meter
 from ffn_fusion.hf.model import PLAN_FILE, ModelFolder
 from ffn_fusion.hf.resolve import load_tokenizer, read_plan, resolve_model
 from ffn_fusion.hf.text import read_windows
-from ffn_fusion.settings import Budget, Fusion, Limits, Machine, Method, Positive, Text, TwoOrMore
+from ffn_fusion.settings import Budget, Fusion, Grouping, Limits, Machine, Method, Positive, Text, TwoOrMore
 from ffn_fusion.stages import greedy, puzzle
 
 
@@ -38,6 +38,7 @@ def search(
     windows: Positive = 8,
     fit_windows: TwoOrMore = 16,
     budget: Budget = Budget(),  # noqa: B008, frozen
+    grouping: Grouping = Grouping(),  # noqa: B008
     limits: Limits = Limits(),  # noqa: B008
     fusion: Fusion = Fusion(),  # noqa: B008
     text: Text = Text(),  # noqa: B008
@@ -81,6 +82,7 @@ def search(
     """
     parent = resolve_model(model)
     given, begun = given_plans(parent, plan, start, budget, limits)
+    greedy.check_grouping(grouping, budget, given, parent)
     trained = open_library(library, parent, fusion.norm)
     tokenizer = load_tokenizer(parent, machine.trust_remote_code)
     measure = read_windows(text, tokenizer, windows, "measure")
@@ -94,10 +96,15 @@ def search(
         "fusion": asdict(fusion),
         "dtype": str(dtype),
         **({"start": str(begun)} if begun else {}),  # so that results from before there was one stay valid
+        **({"grouping": asdict(grouping)} if grouping != Grouping() else {}),
         **({"library": trained.fingerprint} if trained else {}),
     }
     within: Callable[[Meter, StageFolder], SearchResult]
     if limits.given:
+        if grouping != Grouping():
+            raise UserError(
+                f"within {limits.given} the solver groups the FFNs; leave --grouping out, or use --no-groups"
+            )
         rule = puzzle.Rule(method, interactions, groups, budget.trials, budget.max_fused_width, text.seed)
         scores, costs = _needed(scores, "--scores", "score"), _needed(costs, "--costs", "cost")
         evidence = puzzle.read_evidence(parent, scores, costs, machine, dtype, force_costs)
@@ -107,7 +114,7 @@ def search(
     else:
         analysed = _analysis(_needed(analysis, "--analysis", "analyze"), parent)
         inputs |= {"analysis": analysed.sample.digest}
-        within = partial(greedy.search_greedily, analysed, budget, given, begun)
+        within = partial(greedy.search_greedily, analysed, budget, grouping, given, begun)
 
     def work(folder: StageFolder) -> tuple[SearchResult, Environment]:
         resident = parent.load(dtype, device_map(machine))

@@ -26,10 +26,9 @@ from ffn_fusion.core.records import (
     MassiveActivation,
     ModelScore,
     Sample,
-    SearchResult,
-    SearchStep,
     Spread,
 )
+from ffn_fusion.core.search_records import SearchResult, SearchStep
 from ffn_fusion.core.stats import Estimate
 from ffn_fusion.errors import UserError
 from ffn_fusion.folder import RECORD, Environment, Record

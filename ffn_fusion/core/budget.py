@@ -17,8 +17,9 @@ from ffn_fusion.core.plan import Block, Plan
 from ffn_fusion.core.problem import Link, Option, Problem
 from ffn_fusion.core.search_records import ChangeScore
 
-STRENGTH = 0.25
-"""Share of the second-order interactions that counts, since KL grows slower than its expansion (docs/method.md)."""
+STRENGTH = {True: 0.1, False: 0.5}
+"""Share of the second-order interactions that counts, if students are fitted and if not (docs/method.md): KL grows
+slower than its expansion, and a fitted block makes up for part of what those before it did."""
 Uses = Mapping[str, float]
 
 
@@ -81,9 +82,7 @@ class Variants:
         self._scores = scores
         self._at = {(score.first, score.last, score.block): i for i, score in enumerate(scores.changes)}
 
-    def problem(
-        self, ledger: Ledger, limits: Uses, *, max_width: int | None, fuse: bool = True, strength: float = STRENGTH
-    ) -> Problem:
+    def problem(self, ledger: Ledger, limits: Uses, *, max_width: int | None, fuse: bool, strength: float) -> Problem:
         """The choice among all variants within `limits`. `strength` 0 leaves the interactions out."""
         values = np.array([score.kl.mean for score in self._scores.changes])
         gram = strength * self._scores.gram

@@ -1,6 +1,7 @@
 """The mixed-integer program of a problem of choice, in the form that HiGHS takes (scipy.optimize.milp)."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from math import floor, inf
 from typing import Any
@@ -43,6 +44,7 @@ class Program:
         self.parts += problem.links
         self.link_at = {link.left: self.num_options + i for i, link in enumerate(problem.links)}
         self.num_binary = len(self.parts)
+        self.lower: list[float] = [0.0] * self.num_binary
         self.upper: list[float] = [1.0] * self.num_binary
         self._data: list[float] = []
         self._columns: list[int] = []
@@ -57,8 +59,13 @@ class Program:
         if problem.max_width is not None:
             self._add_widths(problem.max_width)
 
-    def add_column(self, upper: float = inf) -> int:
-        """A continuous column from 0 to `upper`; its index."""
+    def copy(self) -> "Program":
+        """A program to which rows and columns can be added without changing this one."""
+        return deepcopy(self, {id(self.problem): self.problem})
+
+    def add_column(self, upper: float = inf, lower: float = 0.0) -> int:
+        """A continuous column; its index."""
+        self.lower.append(lower)
         self.upper.append(upper)
         return len(self.upper) - 1
 
@@ -109,8 +116,7 @@ class Program:
 
     def exclude(self, choice: Choice) -> None:
         """Rule out one choice."""
-        ones = {int(start) + index for start, index in zip(self.starts, choice.options, strict=False)}
-        ones |= {self.link_at[left] for left in choice.links}
+        ones = np.flatnonzero(self.point(choice)).tolist()
         links = range(self.num_options, self.num_binary)
         row = dict.fromkeys(links, 1.0) | dict.fromkeys(ones, -1.0)
         self.add_row(row, 1.0 - len(ones))
@@ -120,6 +126,13 @@ class Program:
         options = (int(np.argmax(point[a:b])) for a, b in zip(self.starts[:-1], self.starts[1:], strict=True))
         links = (left for left, column in self.link_at.items() if point[column] > 0.5)
         return Choice(tuple(options), frozenset(links))
+
+    def point(self, choice: Choice) -> Vector:
+        """The binaries of a choice."""
+        point = np.zeros(self.num_binary)
+        point[self.starts[:-1] + np.array(choice.options)] = 1.0
+        point[[self.link_at[left] for left in choice.links]] = 1.0
+        return point
 
     def solve(self, cost: Vector, seconds: float, gap: float = 0.0, whole: bool = True) -> Answer:
         """The least cost; `cost` is of the first columns, the others cost nothing. Not `whole`: the relaxation."""
@@ -134,7 +147,7 @@ class Program:
         found: Any = milp(
             costs / size,
             integrality=integrality,
-            bounds=Bounds(0, np.array(self.upper)),
+            bounds=Bounds(np.array(self.lower), np.array(self.upper)),
             constraints=LinearConstraint(matrix, np.array(self._low), np.array(self._high)),
             options={"time_limit": max(seconds, 0.01), "mip_rel_gap": gap},
         )

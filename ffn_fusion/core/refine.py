@@ -1,26 +1,48 @@
-"""What measured plans teach about the scores of single changes (Puzzle's scores are additive; real plans are not)."""
+"""What measured plans teach about the scores of single changes, which do not quite add up."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 COMMON, OWN, NOISE = 0.3, 0.3, 0.02
 """Standard deviations, relative: of an error that all scores share, of each score's own, of a measured KL."""
+SPREAD = 0.1
+"""Standard deviation of the strength of interactions."""
 
 Vector = NDArray[np.float64]
 
 
-def corrected(scores: Sequence[float], made: NDArray[np.bool_], predicted: Vector, measured: Vector) -> list[float]:
-    """Scores [K] after P plans were measured: their expectation given the residuals, all errors being Gaussian.
+@dataclass(frozen=True)
+class Lesson:
+    """A measured plan: the changes that it makes [K], its KL by their scores alone and by the interactions of all of
+    their strength, and the KL that was measured."""
 
-    `made` [P, K] says which changes a plan makes; `predicted` and `measured` [P] are KLs. With few plans a residual
-    goes mostly to the error that all share; the more differ, the more of it goes to the changes that explain it.
+    made: NDArray[np.bool_]
+    additive: float
+    interactions: float
+    measured: float
+
+
+def learned(scores: Sequence[float], strength: float, lessons: Sequence[Lesson]) -> tuple[Vector, float]:
+    """Corrections of the scores [K] and the strength of interactions, expected after `lessons`.
+
+    A linear model with Gaussian errors: KL = sum of (score + correction) + strength * interactions + noise. With few
+    plans a residual goes mostly to what all have in common; the more differ, the more of it goes to the changes that
+    explain it.
     """
+    if not lessons:
+        return np.zeros(len(scores)), strength
     prior = np.abs(np.asarray(scores, dtype=np.float64))
     prior = np.maximum(prior, 0.1 * np.median(prior))
-    covariance = np.outer(COMMON * prior, COMMON * prior) + np.diag(np.square(OWN * prior))
-    z = made.astype(np.float64)
+    covariance = np.zeros((len(prior) + 1,) * 2)
+    covariance[:-1, :-1] = np.outer(COMMON * prior, COMMON * prior) + np.diag(np.square(OWN * prior))
+    covariance[-1, -1] = SPREAD**2
+    features = np.array([[*lesson.made, lesson.interactions] for lesson in lessons], dtype=np.float64)
+    measured = np.array([lesson.measured for lesson in lessons])
+    predicted = np.array([lesson.additive + strength * lesson.interactions for lesson in lessons])
     noise = np.diag(np.square(NOISE * measured))
-    gain = covariance @ z.T @ np.linalg.inv(z @ covariance @ z.T + noise)
-    return list(np.asarray(scores) + gain @ (measured - predicted))
+    gain = covariance @ features.T @ np.linalg.inv(features @ covariance @ features.T + noise)
+    found = gain @ (measured - predicted)
+    return found[:-1], float(np.clip(strength + found[-1], 0.0, 1.0))

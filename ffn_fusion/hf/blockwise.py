@@ -99,7 +99,7 @@ class Distillation:
 
         attempt("start", unit.initial)
         if "ffn" in unit.parts:
-            fit_down(self.walk, unit.layer, attended, y)
+            fit_down(self.walk, unit.layer, attended, y, weights)
             attempt("fitted", unit.rounded())
         if self.training.epochs:
             unit.load(_best(tried)[1])

@@ -15,7 +15,7 @@ from ffn_fusion.core.plan import Block, Plan
 from ffn_fusion.core.pruning import Channels, Cuts
 from ffn_fusion.errors import UserError
 from ffn_fusion.hf.arch import FFN
-from ffn_fusion.hf.fit import down_projection, fit_down
+from ffn_fusion.hf.fit import down_projection, fit_down, inverse_squares
 from ffn_fusion.hf.model import materialise, skeleton, student_arch, student_config
 from ffn_fusion.hf.replace import LINEAR_FFN
 from ffn_fusion.hf.surgery import LAYER, Trained, block_recipes
@@ -133,7 +133,7 @@ class Calibration:
             self.walk.advance(student, partial(self.walk.attend, layer, block.attention.layer))
         self._advance_parent(state, self._ends[index])
         target = self._unfused(student, block) if self.target == "unfused" else state.parent
-        fit = fit_down(self.walk, layer, student, target) if index in self.to_fit else None
+        fit = fit_down(self.walk, layer, student, target, inverse_squares(student)) if index in self.to_fit else None
         self.walk.advance(student, partial(ffn_half, layer))
         weight = down_projection(self.walk, layer).weight.data
         layer.to("meta")

@@ -1,6 +1,6 @@
 """One FFN's down projection refitted in closed form: the streams around it → a ridge system, its solution in place."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,16 +26,17 @@ class DownFit(NamedTuple):
 
 
 @torch.no_grad()
-def fit_down(walk: ParentWalk, layer: Layer, stream: Tensor, wanted: Tensor) -> DownFit:
+def fit_down(walk: ParentWalk, layer: Layer, stream: Tensor, wanted: Tensor, weights: Tensor) -> DownFit:
     """Refit the down projection of a layer in memory, so that its FFN takes `stream` closer to `wanted`.
 
-    Both are [windows, length, d], the first in front of the FFN. The last eighth of the windows is held out.
+    Both are [windows, length, d], the first in front of the FFN; `weights` [windows, length] multiply each token's
+    squared error. The last eighth of the windows is held out.
     """
     width = down_projection(walk, layer).in_features
     slices = [slice(start, min(start + MAX_CHANNELS, width)) for start in range(0, width, MAX_CHANNELS)]
     sweeps = SWEEPS if len(slices) > 1 else 1
-    fits = [_fit_slice(walk, layer, channels, stream, wanted) for channels in slices * sweeps]
-    scale = _held_out_scale(stream, wanted)
+    fits = [_fit_slice(walk, layer, channels, (stream, wanted, weights)) for channels in slices * sweeps]
+    scale = _held_out_scale(stream, wanted, weights)
     return DownFit(fits[0].error_before / scale, fits[-1].error_after / scale, tuple(fit.strength for fit in fits))
 
 
@@ -51,13 +52,18 @@ def num_held_out(stream: Tensor) -> int:
     return max(1, len(stream) // HELD_OUT)
 
 
-def _fit_slice(walk: ParentWalk, layer: Layer, channels: slice, stream: Tensor, wanted: Tensor) -> Solution:
+def inverse_squares(stream: Tensor) -> Tensor:
+    """1 / |x|^2 of each token, so that a few massive activations do not own the fit."""
+    return torch.cat([1 / x.float().square().sum(-1).clamp(min=1e-12) for x in stream.split(1)])
+
+
+def _fit_slice(walk: ParentWalk, layer: Layer, channels: slice, data: tuple[Tensor, Tensor, Tensor]) -> Solution:
     output = down_projection(walk, layer)
     system = RidgeSystem(channels.stop - channels.start, output.out_features, walk.device)
-    held = num_held_out(stream)
-    for batch in _batches(walk, stream[:-held], wanted[:-held]):
+    held = num_held_out(data[0])
+    for batch in _batches(walk, [part[:-held] for part in data]):
         system.add(*_tokens(output, layer, channels, *batch))
-    held_out = [_tokens(output, layer, channels, *batch) for batch in _batches(walk, stream[-held:], wanted[-held:])]
+    held_out = [_tokens(output, layer, channels, *batch) for batch in _batches(walk, [part[-held:] for part in data])]
 
     def error(delta: Tensor | None) -> float:
         total = 0.0
@@ -74,30 +80,25 @@ def _fit_slice(walk: ParentWalk, layer: Layer, channels: slice, stream: Tensor, 
 
 
 def _tokens(
-    output: nn.Linear, layer: Layer, channels: slice, x: Tensor, wanted: Tensor
+    output: nn.Linear, layer: Layer, channels: slice, x: Tensor, wanted: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden activations [N, h], residual [N, d] in the units of the down projection, and weights 1/|x|^2 [N]."""
+    """Hidden activations [N, h], residual [N, d] in the units of the down projection, and weights [N]."""
     seen: list[Tensor] = []
     hook = output.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     y = ffn_half(layer, x)
     hook.remove()
     residual = (wanted.float() - y.float()) / layer.residual_multiplier
-    return seen[0][..., channels].flatten(0, 1), residual.flatten(0, 1), _weights(x).flatten()
+    return seen[0][..., channels].flatten(0, 1), residual.flatten(0, 1), weights.flatten()
 
 
-def _batches(walk: ParentWalk, stream: Tensor, wanted: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    for x, y in zip(stream.split(walk.batch_size), wanted.split(walk.batch_size), strict=True):
-        yield x.to(walk.device), y.to(walk.device)
+def _batches(walk: ParentWalk, data: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+    for batch in zip(*(part.split(walk.batch_size) for part in data), strict=True):
+        yield tuple(part.to(walk.device) for part in batch)
 
 
-def _weights(x: Tensor) -> Tensor:
-    """1 / |x|^2 of each token, so that a few massive activations do not own the fit."""
-    return 1 / x.float().square().sum(-1).clamp(min=1e-12)
-
-
-def _held_out_scale(stream: Tensor, wanted: Tensor) -> float:
+def _held_out_scale(stream: Tensor, wanted: Tensor, weights: Tensor) -> float:
     """Weighted size of the change that the held-out windows ask for."""
     held = num_held_out(stream)
     change = wanted[-held:].float() - stream[-held:].float()
     # Zero where an FFN of zeros, as behind an attention alone in a student, is replaced by another.
-    return max(float((change.square().sum(-1) * _weights(stream[-held:])).sum()), torch.finfo(torch.float32).tiny)
+    return max(float((change.square().sum(-1) * weights[-held:]).sum()), torch.finfo(torch.float32).tiny)

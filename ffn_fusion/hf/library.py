@@ -61,12 +61,12 @@ class Library:
     def makers(self, block: Block) -> dict[str, Callable[[], Tensor]]:
         """What replaces the untrained tensors of a block, by name within its layer: nothing for one it knows not."""
         if str(block) in self.files:
-            return self._tensors(block, "")
+            return self._tensors(block)
         found: dict[str, Callable[[], Tensor]] = {}
         for part in trained_parts(block):
             unit = decoupled(block, part)
             if unit is not None and str(unit) in self.files:
-                found |= self._tensors(unit, PREFIXES[part])
+                found |= self._tensors(unit)  # nothing else of it trained
         return found
 
     def channels(self, plan: Plan) -> dict[int, Tensor]:
@@ -74,10 +74,10 @@ class Library:
         widths = {layer: width for layer, width in plan.widths.items() if layer in self.contributions}
         return {layer: kept_channels(self.contributions[layer], width) for layer, width in widths.items()}
 
-    def _tensors(self, block: Block, prefixes: str | tuple[str, ...]) -> dict[str, Callable[[], Tensor]]:
+    def _tensors(self, block: Block) -> dict[str, Callable[[], Tensor]]:
         path = self.files[str(block)]
         with safe_open(path, framework="pt") as file:
-            return {name: partial(_read, path, name) for name in file.keys() if name.startswith(prefixes)}  # noqa: SIM118
+            return {name: partial(_read, path, name) for name in file.keys()}  # noqa: SIM118, no mapping
 
 
 def parent_key(parent: ModelFolder) -> str:

@@ -40,7 +40,7 @@ def bld(
     norm: Norm = "folded",
     windows: TwoOrMore = 128,
     epochs: Annotated[int, Parameter(validator=Number(gte=0))] = 2,
-    learning_rate: Annotated[float, Parameter(validator=Number(gt=0))] = 5e-3,
+    learning_rate: Annotated[float, Parameter(validator=Number(gt=0))] = 1e-2,
     text: Text = Text(),  # noqa: B008
     machine: Machine = Machine(),  # noqa: B008
 ) -> Record[BldResult]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -129,9 +129,9 @@ def heatmap(name: str, matrix: Sequence[Sequence[float]], groups: Collection[tup
         bar = figure.colorbar(image, ax=axes, shrink=0.8, pad=0.03, aspect=24)
         bar.set_label("cosine distance")
         bar.outline.set_visible(False)
-        _plain_log(bar.ax)
+        plain_log(bar.ax.yaxis)
 
-    return _render(name, 3.9, paint)
+    return render(name, 3.9, paint)
 
 
 def scores(
@@ -157,7 +157,7 @@ def scores(
         for label, found, style in series:
             points = [(layer, e) for layer, e in found if e is not None]
             if points:
-                spread = _whiskers([e for _, e in points])
+                spread = whiskers([e for _, e in points])
                 means = [e.mean for _, e in points]
                 axes.errorbar(
                     [p[0] for p in points], means, spread, linestyle="none", elinewidth=1, label=label, **style
@@ -168,10 +168,10 @@ def scores(
         axes.set_ylabel("KL to parent without it (nats a token)")
         axes.grid(axis="y")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        _plain_log(axes)
+        plain_log(axes.yaxis)
         figure.legend(loc="outside upper left", ncols=3, handletextpad=0.2, columnspacing=1.2)
 
-    return _render(name, 3.6, paint)
+    return render(name, 3.6, paint)
 
 
 def geometry(name: str, curves: Geometry, massive: Collection[int]) -> str:
@@ -197,12 +197,12 @@ def geometry(name: str, curves: Geometry, massive: Collection[int]) -> str:
             axes.yaxis.set_major_locator(MaxNLocator(4))
             axes.grid(axis="y")
         column[1].set_yscale("log", nonpositive="mask")
-        _plain_log(column[1])
+        plain_log(column[1].yaxis)
         column[2].axhline(0, color=MUTED, linewidth=0.8)
         column[2].set_xlabel("layer")
         column[2].xaxis.set_major_locator(MaxNLocator(integer=True))
 
-    return _render(name, 4.4, paint)
+    return render(name, 4.4, paint)
 
 
 def steps(name: str, bars: Sequence[Bar]) -> str:
@@ -217,7 +217,7 @@ def steps(name: str, bars: Sequence[Bar]) -> str:
             drawn = [(y, b.estimate) for y, b in zip(places, bars, strict=True) if b.source == source and b.estimate]
             estimates = [e for _, e in drawn]
             axes.barh(
-                [y for y, _ in drawn], [e.mean for e in estimates], 0.6, xerr=_whiskers(estimates),
+                [y for y, _ in drawn], [e.mean for e in estimates], 0.6, xerr=whiskers(estimates),
                 color=colour, error_kw={"elinewidth": 1.2, "ecolor": INK}, label=source,
             )  # fmt: skip
         highest = max([b.estimate.mean for b in bars if b.estimate], default=1.0)
@@ -235,7 +235,7 @@ def steps(name: str, bars: Sequence[Bar]) -> str:
         if len(sources) > 1:
             figure.legend(loc="outside upper left", ncols=2, handlelength=1, handleheight=1)
 
-    return _render(name, 1.3 + 0.36 * len(bars), paint)
+    return render(name, 1.3 + 0.36 * len(bars), paint)
 
 
 def speed(name: str, rows: Sequence[BenchRow]) -> str:
@@ -250,9 +250,9 @@ def speed(name: str, rows: Sequence[BenchRow]) -> str:
             own = [row for row in rows if row.model == model]
             places = [batches.index(row.batch_size) + (i - (len(models) - 1) / 2) * width for row in own]
             times = [row.decode_ms for row in own]
-            whiskers = [[t.median - t.low for t in times], [t.high - t.median for t in times]]
+            quartiles = [[t.median - t.low for t in times], [t.high - t.median for t in times]]
             axes.bar(
-                places, [t.median for t in times], width * 0.92, yerr=np.maximum(whiskers, 0),
+                places, [t.median for t in times], width * 0.92, yerr=np.maximum(quartiles, 0),
                 color=SERIES[i % len(SERIES)], error_kw={"elinewidth": 1, "ecolor": INK}, label=short(model),
             )  # fmt: skip
             for place, row in zip(places, own, strict=True):
@@ -267,10 +267,10 @@ def speed(name: str, rows: Sequence[BenchRow]) -> str:
         axes.grid(axis="y")
         figure.legend(loc="outside upper left", ncols=2, handlelength=1, handleheight=1)
 
-    return _render(name, 3.4, paint)
+    return render(name, 3.4, paint)
 
 
-def _render(name: str, height: float, paint: Callable[[Figure], None]) -> str:
+def render(name: str, height: float, paint: Callable[[Figure], None]) -> str:
     """Draw, and make the SVG fit to stand in a page beside others: own ids, no fixed size, no rules that leak."""
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
@@ -290,13 +290,14 @@ def _render(name: str, height: float, paint: Callable[[Figure], None]) -> str:
     return text
 
 
-def _plain_log(axes: Axes) -> None:
-    axes.yaxis.set_major_locator(LogLocator(numticks=8))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+def plain_log(axis: Axis) -> None:
+    """Plain numbers at the powers of ten of a log scale."""
+    axis.set_major_locator(LogLocator(numticks=8))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
-def _whiskers(estimates: Sequence[Estimate]) -> NDArray[np.float64]:
+def whiskers(estimates: Sequence[Estimate]) -> NDArray[np.float64]:
     """Distances from the mean to both ends of the interval, [2, N]; NaN draws none where there is no interval."""
     ends = [(e.mean - e.low, e.high - e.mean) if math.isfinite(e.stderr) else (math.nan, math.nan) for e in estimates]
     return np.asarray(ends, dtype=np.float64).reshape(-1, 2).T

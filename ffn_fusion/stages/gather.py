@@ -6,16 +6,22 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from ffn_fusion.core.block_records import BldResult
+from ffn_fusion.core.comparison import METHODS, SOLVER, Series
+from ffn_fusion.core.cost_records import CostResult
 from ffn_fusion.core.engine_records import ExportResult, SpeculateResult
 from ffn_fusion.core.plan import Plan
 from ffn_fusion.core.records import AnalyzeResult, BenchResult, EvalResult, FuseResult, Sample
-from ffn_fusion.core.search_records import SearchResult
+from ffn_fusion.core.search_records import ScoreResult, SearchResult
 from ffn_fusion.errors import UserError
 from ffn_fusion.folder import RECORD, Record, read_record
 
 T = TypeVar("T")
 TYPES: dict[str, type[Any]] = {
     "analyze": AnalyzeResult,
+    "score": ScoreResult,
+    "cost": CostResult,
+    "bld": BldResult,
     "search": SearchResult,
     "fuse": FuseResult,
     "eval": EvalResult,
@@ -48,10 +54,54 @@ class Entry(Generic[T]):
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """Searches of one parent under budgets that may stand in one picture: same text, same costs."""
+
+    entries: list[Entry[SearchResult]]
+
+    @property
+    def series(self) -> list[Series]:
+        """One for each search, the solver's first; searches by the same rule are told apart by their folders."""
+        rules = [_rule(entry) for entry in self.entries]
+        found = []
+        for entry, rule in sorted(zip(self.entries, rules, strict=True), key=lambda pair: _rank(pair[1])):
+            name = METHODS.get(rule, rule)
+            name += f", {entry.folder}" if rules.count(rule) > 1 else ""
+            found.append(Series(name, entry.result.candidates, entry.result.parent_measured_ms))
+        return found
+
+    @property
+    def parent_ms(self) -> float | None:
+        """A decode step of the parent by the cost table, which all of the searches share."""
+        return self.entries[0].result.parent_ms
+
+    @property
+    def made(self) -> list[str]:
+        """Where the figures come from, each different answer once."""
+        return list(dict.fromkeys(entry.made(entry.result.sample) for entry in self.entries))
+
+    @property
+    def notes(self) -> list[str]:
+        return list(dict.fromkeys(entry.result.note for entry in self.entries if entry.result.note))
+
+
+def _rule(entry: Entry[SearchResult]) -> str:
+    """How a search under a budget chose its plans."""
+    return str(entry.record.inputs.get("rule", {}).get("method", SOLVER))
+
+
+def _rank(rule: str) -> int:
+    return list(METHODS).index(rule) if rule in METHODS else len(METHODS)
+
+
+@dataclass(frozen=True)
 class Records:
     """Everything there is to show, each list in the order in which it was made."""
 
     analyze: list[Entry[AnalyzeResult]]
+    score: list[Entry[ScoreResult]]
+    cost: list[Entry[CostResult]]
+    bld: list[Entry[BldResult]]
     search: list[Entry[SearchResult]]
     fuse: list[Entry[FuseResult]]
     eval: list[Entry[EvalResult]]
@@ -70,22 +120,38 @@ class Records:
         return list(keys.values())
 
     @property
+    def found(self) -> list[Entry[SearchResult]]:
+        """Searches whose plan is meant for use: rivals of the solver only if there is nothing else."""
+        return [entry for entry in self.search if _rule(entry) == SOLVER] or self.search
+
+    @property
+    def comparisons(self) -> list[Comparison]:
+        """Searches under a budget, those of the same parent, text and costs together."""
+        groups: dict[tuple[Any, ...], list[Entry[SearchResult]]] = {}
+        for entry in self.search:
+            if entry.result.candidates:
+                key = (entry.record.inputs.get("model"), entry.result.sample.digest, entry.result.parent_ms)
+                groups.setdefault(key, []).append(entry)
+        return [Comparison(group) for group in groups.values()]
+
+    @property
     def planned(self) -> list[Entry[SearchResult] | Entry[FuseResult]]:
         """Records that hold a plan, the same plan once."""
-        held: list[Entry[SearchResult] | Entry[FuseResult]] = [*self.search, *self.fuse]
+        held: list[Entry[SearchResult] | Entry[FuseResult]] = [*self.found, *self.fuse]
         return list({entry.result.plan: entry for entry in reversed(held)}.values())[::-1]
 
     @property
     def plan(self) -> Plan | None:
         """The plan of the student shown: the last one fused, else the last one found."""
-        last = (self.fuse or self.search)[-1:]
+        last = (self.fuse or self.found)[-1:]
         return Plan.parse(last[0].result.plan) if last else None
 
     @property
     def num_layers(self) -> int:
-        """Layers of the parent; without an analysis, the most that any record speaks of."""
-        if self.analyze:
-            return self.analyze[-1].result.num_layers
+        """Layers of the parent; without an analysis or scores, the most that any record speaks of."""
+        counted = [e.result.num_layers for e in self.analyze] or [e.result.num_layers for e in self.score]
+        if counted:
+            return counted[-1]
         named = [layer for e in self.planned for b in Plan.parse(e.result.plan).blocks for layer in b.layers]
         benched = [model.num_blocks for entry in self.bench for model in entry.result.models]
         return max([layer + 1 for layer in named] + benched, default=0)
@@ -97,6 +163,8 @@ class Records:
         names += [s.model for e in self.eval for s in e.result.scores if s.kl is None]
         names += [m.model for e in self.bench for m in e.result.models]
         names += [e.result.target for e in self.speculate]
+        names += [e.result.model for e in self.score] + [e.result.model for e in self.cost]
+        names += [e.result.parent for e in self.bld]
         return names[0] if names else ""
 
 

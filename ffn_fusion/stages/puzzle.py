@@ -6,6 +6,7 @@ scores, the solver proposes again, and the best plan that was measured wins.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +20,7 @@ from ffn_fusion.core.cost import shapes_of
 from ffn_fusion.core.cost_table import CostTable, Measured
 from ffn_fusion.core.plan import Plan
 from ffn_fusion.core.problem import Problem, evaluate, items_of
-from ffn_fusion.core.refine import corrected
+from ffn_fusion.core.refine import Lesson, Vector, learned
 from ffn_fusion.core.search_records import INTERACTIONS, Candidate, ScoreResult, SearchResult, Similarity
 from ffn_fusion.core.solve import Solution, solve
 from ffn_fusion.core.stats import Estimate
@@ -35,8 +36,9 @@ from ffn_fusion.settings import Limits, Machine, Method
 
 PLANS = "plans"
 """Folder of the plans of several budgets, by number."""
-DIVERSE, OVERLAP = 3, 0.85
-"""The first so many plans share at most this part of their layers; later ones only differ."""
+FIRST, OVERLAP = (1.0, 0.0, 3.0), 0.85
+"""Of the first plans: how many times as strong interactions are as expected, and the part of their layers that they
+share at most. Later ones only differ."""
 SOLVER_SECONDS, SOLVER_GAP = 5.0, 0.01
 """For each proposal: scores are known to a few per cent, so a proof of the last per cent would be worth nothing."""
 REPEATS = 20
@@ -120,6 +122,7 @@ class Tried:
     origin: str
     target: str
     predicted: float
+    lesson: Lesson
     kl: Estimate
 
 
@@ -191,74 +194,98 @@ class _Search:
     folder: StageFolder
     tried: list[Tried] = field(default_factory=list)
 
+    @property
+    def _strength(self) -> float:
+        """Of interactions, before anything is measured."""
+        return STRENGTH[self.meter.calibrates] if self.rule.interactions else 0.0
+
+    @cached_property
+    def _variants(self) -> Variants:
+        return Variants(self.meter.parent.plan, self.evidence.scores)
+
+    @cached_property
+    def _alone(self) -> Problem:
+        """By scores alone: what plans are taken apart by."""
+        return self._problem({}, 0.0)
+
+    @cached_property
+    def _together(self) -> Problem:
+        """With interactions in full."""
+        return self._problem({}, 1.0)
+
     def find(self, target: str, limits: Uses) -> None:
         """Measure plans for one budget: several of the solver's, or the one of a baseline."""
-        variants = Variants(self.meter.parent.plan, self.evidence.scores)
-        rule = self.rule
-        strength = STRENGTH if rule.interactions else 0.0
-        problem = variants.problem(
-            self.evidence.ledger, limits, max_width=rule.max_width, fuse=rule.groups, strength=strength
-        )
-        if rule.method == "mip":
-            self._learn(problem, target)
+        if self.rule.method == "mip":
+            self._learn(target, limits)
         else:
-            self._try(problem, _baseline(problem, self.evidence, rule.method, rule.seed), rule.method, target)
+            problem = self._problem(limits, 0.0)
+            self._try(_baseline(problem, self.evidence, self.rule), self.rule.method, target)
+
+    def _problem(self, limits: Uses, strength: float, corrections: Vector | float = 0.0) -> Problem:
+        """The choice within these limits, by scores and interactions as far as they are known."""
+        problem = self._variants.problem(
+            self.evidence.ledger, limits, max_width=self.rule.max_width, fuse=self.rule.groups, strength=strength
+        )
+        return replace(problem, scores=(np.asarray(problem.scores) + corrections).tolist())
 
     def best(self, limits: Uses) -> Tried:
         """The plan of least measured KL that keeps these limits, whatever budget it was found for."""
         return min((tried for tried in self.tried if self._keeps(tried, limits)), key=lambda tried: tried.kl.mean)
 
-    def _learn(self, problem: Problem, target: str) -> None:
-        """Propose and measure plans, each from scores corrected by all that was measured before."""
+    def _learn(self, target: str, limits: Uses) -> None:
+        """Propose and measure plans, each by what all that were measured before have taught."""
         for number in track(range(self.rule.trials), f"search: plans measured, {target}", self.rule.trials):
-            overlap = OVERLAP if number < DIVERSE else (problem.num_layers - 1) / problem.num_layers
+            corrections, strength = self._learned()
+            # The first proposals differ in how much interactions count, which no measurement has said yet.
+            strength *= FIRST[number] if number < len(FIRST) else 1.0
+            problem = self._problem(limits, strength, corrections)
+            overlap = OVERLAP if number < len(FIRST) else (problem.num_layers - 1) / problem.num_layers
             try:
-                found = self._within(replace(problem, scores=self._corrected(problem)), overlap)
+                found = self._within(problem, overlap)
             except UserError:
                 if any(self._keeps(tried, problem.limits) for tried in self.tried):
                     return  # no other plan is left
                 raise
-            self._try(problem, found, f"MIP {number + 1}", target)
+            self._try(found, f"MIP {number + 1}", target)
 
     def _within(self, problem: Problem, overlap: float) -> Solution:
         """A solution whose exact cost keeps the limits: links take the time of an FFN to be affine in its width."""
         earlier = [tried.solution for tried in self.tried]
         limits = dict(problem.limits)
         while True:
-            found = solve(
-                replace(problem, limits=limits),
-                earlier=earlier,
-                overlap=overlap,
-                seconds=SOLVER_SECONDS,
-                gap=SOLVER_GAP,
-            )
+            tightened = replace(problem, limits=limits)
+            found = solve(tightened, earlier=earlier, overlap=overlap, seconds=SOLVER_SECONDS, gap=SOLVER_GAP)
             exact = self.evidence.ledger.model(found.plan.blocks)
             past = {name: exact[name] / limit for name, limit in problem.limits.items()}
             if all(ratio <= 1 + SLACK for ratio in past.values()):
                 return found
             limits |= {name: limits[name] / ratio for name, ratio in past.items() if ratio > 1}
 
-    def _corrected(self, problem: Problem) -> list[float]:
-        if not self.tried:
-            return list(problem.scores)
-        changes = np.zeros((len(self.tried), len(problem.scores)), dtype=bool)
-        for row, tried in zip(changes, self.tried, strict=True):
-            row[items_of(problem, tried.solution.choice)] = True
-        predicted = np.array([tried.predicted for tried in self.tried])
-        return corrected(problem.scores, changes, predicted, np.array([tried.kl.mean for tried in self.tried]))
+    def _learned(self) -> tuple[Vector, float]:
+        """Corrections of the scores and the strength of interactions."""
+        strength = self._strength
+        if not strength:
+            lessons = [replace(tried.lesson, interactions=0.0) for tried in self.tried]
+            return learned(self._alone.scores, 0.0, lessons)[0], 0.0
+        return learned(self._alone.scores, strength, [tried.lesson for tried in self.tried])
 
-    def _try(self, problem: Problem, found: Solution, origin: str, target: str) -> None:
+    def _try(self, found: Solution, origin: str, target: str) -> None:
         kl = self.folder.remember(f"fused {found.plan}", Estimate, lambda: self.meter.fused(found.plan))
-        self.tried.append(Tried(found, origin, target, evaluate(problem, found.choice), kl))
+        made = np.zeros(len(self._alone.scores), dtype=bool)
+        made[items_of(self._alone, found.choice)] = True
+        additive = evaluate(self._alone, found.choice)
+        interactions = evaluate(self._together, found.choice) - additive
+        predicted = additive + self._strength * interactions
+        self.tried.append(Tried(found, origin, target, predicted, Lesson(made, additive, interactions, kl.mean), kl))
 
     def _keeps(self, tried: Tried, limits: Uses) -> bool:
         exact = self.evidence.ledger.model(tried.solution.plan.blocks)
         return all(exact[name] <= limit * (1 + SLACK) for name, limit in limits.items())
 
 
-def _baseline(problem: Problem, evidence: Evidence, method: Method, seed: int) -> Solution:
+def _baseline(problem: Problem, evidence: Evidence, rule: Rule) -> Solution:
     """What another rule than the solver's chooses within the same limits, from the same variants, nothing fused."""
-    alike = evidence.similarity
+    alike, method = evidence.similarity, rule.method
     # What leaves the stream most as it is goes first; of whole layers also what costs least KL alone.
     dropped = {score.first: -score.kl.mean for score in evidence.scores.changes if not score.block}
     rankings: dict[str, dict[Part, Mapping[int, float]]] = {
@@ -270,7 +297,7 @@ def _baseline(problem: Problem, evidence: Evidence, method: Method, seed: int) -
         values = {(layer, part): value for part, held in rankings[method].items() for layer, value in held.items()}
         return baselines.drop_in_order(problem, sorted(values, key=values.__getitem__, reverse=True))
     if method == "random":
-        return baselines.at_random(problem, seed)
+        return baselines.at_random(problem, rule.seed)
     return baselines.greedy(problem) if method == "greedy" else baselines.max_parameters(problem)
 
 

@@ -9,14 +9,17 @@ from statistics import fmean
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from ffn_fusion.core import comparison
+from ffn_fusion.core.cost_records import LABELS
 from ffn_fusion.core.engine_records import QUESTION
 from ffn_fusion.core.plan import Plan, contiguous
 from ffn_fusion.core.records import EvalResult, ModelScore, TaskResult
 from ffn_fusion.core.scale import panels, scale
+from ffn_fusion.core.score_grid import grid, row_of
 from ffn_fusion.core.stats import Estimate
 from ffn_fusion.errors import UserError
 from ffn_fusion.folder import write_atomically
-from ffn_fusion.stages import figures
+from ffn_fusion.stages import figures, figures_search
 from ffn_fusion.stages.figures import Bar
 from ffn_fusion.stages.gather import Entry, Records, read_all
 
@@ -69,6 +72,7 @@ def render(records: Records) -> str:
         "signed": _signed,
         "contiguous": contiguous,
         "short": figures.short,
+        "percent": _percent,
     }
     return jinja.get_template("report.html.jinja").render(
         records=records,
@@ -85,6 +89,11 @@ def render(records: Records) -> str:
         removed=_removed(records),
         dash=NO_VALUE,
         question=QUESTION,
+        drawn=figures_search,
+        compared=comparison,
+        grid=grid,
+        row_of=row_of,
+        labels=LABELS,
         columns=_columns(records),
     )
 
@@ -103,10 +112,11 @@ def interval(estimate: Estimate) -> str:
 def step_bars(records: Records) -> list[Bar]:
     """Loss of each step: the parent, what the search measured, what `eval` measured on held-out text."""
     bars = []
-    for search in records.search:
+    for search in records.found:
         result = search.result
+        first = "nothing fused or fitted" if result.candidates else "attention removed"
         last = "fused and calibrated" if result.calibrated else "fused"
-        bars += [Bar("attention removed", "search text", result.unfused_kl), Bar(last, "search text", result.kl)]
+        bars += [Bar(first, "search text", result.unfused_kl), Bar(last, "search text", result.kl)]
     for entry in records.text_evals:
         source = "held-out text" if len(records.text_evals) == 1 else f"held-out text, {entry.folder}"
         bars += [Bar(score.model, source, score.kl) for score in entry.result.scores if score.kl]
@@ -146,8 +156,8 @@ def _student(records: Records) -> tuple[Entry[EvalResult], ModelScore] | None:
 def _quality(records: Records) -> Iterator[Headline]:
     student = _student(records)
     if student is None:
-        if records.search:
-            kl = records.search[-1].result.kl
+        if records.found:
+            kl = records.found[-1].result.kl
             yield Headline("KL to parent", f"{kl.mean:.3f}", f"nats a token, {interval(kl)}; on the search's own text")
         return
     entry, score = student
@@ -191,6 +201,11 @@ def _size(records: Records) -> Iterator[Headline]:
 def _signed(share: float) -> str:
     """A change in percent, with a true minus sign."""
     return f"{share:+.1%}".replace("-", "−")
+
+
+def _percent(share: float) -> str:
+    """A mean error in percent; a dash where nothing was measured."""
+    return f"{share:.1%}" if math.isfinite(share) else NO_VALUE
 
 
 def _millions(count: int) -> str:

@@ -33,7 +33,7 @@ def layer_options(layer: int, first_item: int, speed: float) -> list[Option]:
 
 @st.composite
 def small(draw: st.DrawFn, interactions: bool | None = None) -> Problem:
-    """Three or four layers, some links, perhaps a widest group, random limits and perhaps interactions."""
+    """Two or three layers, some links, perhaps a widest group, random limits and perhaps interactions."""
     num_layers = draw(st.integers(2, 3))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     keep = draw(st.sampled_from([0.4, 0.7, 1.0]))
@@ -59,7 +59,7 @@ def small(draw: st.DrawFn, interactions: bool | None = None) -> Problem:
         {name: part * most[name] + 1 for name, part in parts.items()},
         {"ms": 1.0, "bytes": 1.0},
         links,
-        gram if draw(st.booleans()) and interactions is not False else None,
+        gram if interactions or (interactions is None and draw(st.booleans())) else None,
         draw(st.sampled_from([None, WIDTH // 2, WIDTH, 2 * WIDTH, 3 * WIDTH])),
     )
 

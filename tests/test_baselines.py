@@ -25,7 +25,7 @@ ALL: list[Callable[[Problem], Solution]] = [
 ]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=600, deadline=None)
 @given(small())
 def test_no_baseline_beats_the_best_or_passes_a_limit(problem: Problem) -> None:
     allowed = every_choice(problem)
@@ -39,7 +39,7 @@ def test_no_baseline_beats_the_best_or_passes_a_limit(problem: Problem) -> None:
         assert found.uses == pytest.approx(used_by(problem, found.choice))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=600, deadline=None)
 @given(small(interactions=False))
 def test_the_most_parameters_are_the_most_of_all_choices(problem: Problem) -> None:
     allowed = every_choice(problem)

@@ -126,15 +126,15 @@ def test_a_time_is_the_lower_quartile_and_noise_hardly_moves_it() -> None:
 def test_shapes_of_a_plan() -> None:
     parent = [BlockShape(4, 96), BlockShape(2, 100), BlockShape(2, 300), BlockShape(4, 0), BlockShape(1, 96)]
     plan = Plan.parse("A0/2F0:40 A1F1+2:7 A3 -F4")
-    assert shapes_of(plan, parent) == [BlockShape(2, 40), BlockShape(2, 107), BlockShape(4, 0), BlockShape(0, 96)]
-    assert [shape.ffn_width for shape in shapes_of(plan, parent, 64)] == [64, 128, 64, 128]
+    assert shapes_of(plan.blocks, parent) == [BlockShape(2, 40), BlockShape(2, 107), BlockShape(4, 0), BlockShape(0, 96)]
+    assert [shape.ffn_width for shape in shapes_of(plan.blocks, parent, 64)] == [64, 128, 64, 128]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_counts_are_those_of_real_folders(family: str, tiny_parent: Parents, tiny_student: Parents) -> None:
     parent, student = ModelFolder(tiny_parent(family)), ModelFolder(tiny_student(family))
     table = replace(TABLE, facts=facts_of(parent), bytes_per_value=4)
-    shapes = shapes_of(Plan.parse(STUDENT_PLAN), parent.shapes, 256)
+    shapes = shapes_of(Plan.parse(STUDENT_PLAN).blocks, parent.shapes, 256)
     assert shapes == student.shapes
     for folder, own in ((parent, table.cost(parent.shapes)), (student, table.cost(shapes))):
         real = cost_of(folder, torch.float32)

@@ -6,15 +6,14 @@ from time import monotonic
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import every_choice, large, score_of, small, used_by
+from problems import every_choice, large, small, used_by
 from reference import one_line
 
 from ffn_fusion.core.plan import Attention, Block, Ffn
 from ffn_fusion.core.problem import Choice, Link, Option, Problem, groups_of, plan_of
 from ffn_fusion.core.solve import shortlist, solve, tightest
-from ffn_fusion.errors import UserError
 
-FEW = settings(max_examples=60, deadline=None)
+FEW = settings(max_examples=600, deadline=None)
 
 
 @FEW
@@ -31,16 +30,6 @@ def test_the_solution_is_the_best_of_all_choices(problem: Problem) -> None:
     assert (found.status, found.gap) == ("optimal", 0)
     assert found.plan == plan_of(problem, found.choice)
     assert len(found.plan.groups) == len(groups_of(found.choice))
-
-
-@FEW
-@given(small())
-def test_uses_and_score_are_those_of_the_definition(problem: Problem) -> None:
-    try:
-        found = solve(problem, gap=0)
-    except UserError:
-        return
-    assert found.score == pytest.approx(score_of(problem, found.choice))
     assert found.uses == pytest.approx(used_by(problem, found.choice))
     assert all(found.uses[name] <= limit * (1 + 1e-9) for name, limit in problem.limits.items())
 

@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import csr_array
 
 from ffn_fusion.core.convex import Matrix
-from ffn_fusion.core.problem import Choice, Problem, chosen, evaluate, groups_of
+from ffn_fusion.core.problem import ROUNDING, Choice, Problem, chosen, evaluate, groups_of, resources_used
 from ffn_fusion.core.program import Program
 
 MAX_PAIRED = 2_000
@@ -15,31 +16,30 @@ MAX_PAIRED = 2_000
 
 def polished(program: Program, brings: Matrix, gram: Matrix, choice: Choice) -> Choice:
     """The choice after exchanging the options of one layer or two as long as the score falls; links stay."""
-    score = evaluate(program.problem, choice)
+    brings, score = brings[:, : program.num_options], evaluate(program.problem, choice)
+    curves = (csr_array(brings.T) @ gram).T
     while True:
-        better = _exchanged(program, brings[:, : program.num_options], gram, choice)
+        better = _exchanged(program, brings, gram, curves, choice)
         if not program.admits(better) or (after := evaluate(program.problem, better)) >= score:
             return choice
         choice, score = better, after
 
 
-def _exchanged(program: Program, brings: Matrix, gram: Matrix, choice: Choice) -> Choice:
-    """The best exchange of the options of at most two layers that keeps the limits."""
+def _exchanged(program: Program, brings: Matrix, gram: Matrix, curves: Matrix, choice: Choice) -> Choice:
+    """The best exchange of the options of at most two layers that keeps the limits; `curves` is gram times brings."""
     problem = program.problem
     sizes = [len(options) for options in problem.options]
     layer_of = np.repeat(np.arange(problem.num_layers), sizes)
     now = program.starts[:-1] + np.array(choice.options)
     z = brings[:, now].sum(axis=1) + _linked(problem, choice, len(gram))
     change = brings - brings[:, now[layer_of]]
-    curved = gram @ change
+    curved = curves - curves[:, now[layer_of]]
     single = (np.asarray(problem.scores) - np.diag(gram) / 2) @ change + z @ curved + (change * curved).sum(axis=0) / 2
     single[~_allowed(problem, choice)] = np.inf
     amounts = [program.amounts(name)[: program.num_options] for name in program.limits]
     more = [amount - amount[now[layer_of]] for amount in amounts]
-    room = [
-        limit - problem.fixed.get(name, 0.0) - amount[now].sum() - _saved(problem, choice, name)
-        for (name, limit), amount in zip(program.limits.items(), amounts, strict=True)
-    ]
+    used = resources_used(problem, choice)
+    room = [limit + ROUNDING * abs(limit) - used[name] for name, limit in program.limits.items()]
     if program.num_options > MAX_PAIRED:
         for extra, left in zip(more, room, strict=True):
             single = np.where(extra > left, np.inf, single)
@@ -61,10 +61,6 @@ def _linked(problem: Problem, choice: Choice, num_items: int) -> Matrix:
     z = np.zeros(num_items)
     z[[link.item for link in problem.links if link.left in choice.links and link.item is not None]] = 1.0
     return z
-
-
-def _saved(problem: Problem, choice: Choice, name: str) -> float:
-    return -sum(link.saves.get(name, 0.0) for link in problem.links if link.left in choice.links)
 
 
 def _allowed(problem: Problem, choice: Choice) -> NDArray[np.bool_]:

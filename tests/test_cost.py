@@ -126,7 +126,12 @@ def test_a_time_is_the_lower_quartile_and_noise_hardly_moves_it() -> None:
 def test_shapes_of_a_plan() -> None:
     parent = [BlockShape(4, 96), BlockShape(2, 100), BlockShape(2, 300), BlockShape(4, 0), BlockShape(1, 96)]
     plan = Plan.parse("A0/2F0:40 A1F1+2:7 A3 -F4")
-    assert shapes_of(plan.blocks, parent) == [BlockShape(2, 40), BlockShape(2, 107), BlockShape(4, 0), BlockShape(0, 96)]
+    assert shapes_of(plan.blocks, parent) == [
+        BlockShape(2, 40),
+        BlockShape(2, 107),
+        BlockShape(4, 0),
+        BlockShape(0, 96),
+    ]
     assert [shape.ffn_width for shape in shapes_of(plan.blocks, parent, 64)] == [64, 128, 64, 128]
 
 

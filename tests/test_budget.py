@@ -63,9 +63,9 @@ def held(request: pytest.FixtureRequest) -> tuple[Plan, Ledger, Scores]:
     return parent, ledger, scored(parent, ledger, Sizes((1,), (0.5,), True, MULTIPLE))
 
 
-def problem_of(held: tuple[Plan, Ledger, Scores], **options: bool | float) -> Problem:
+def problem_of(held: tuple[Plan, Ledger, Scores], strength: float = 0.25, fuse: bool = True) -> Problem:
     parent, ledger, scores = held
-    return Variants(parent, scores).problem(ledger, {}, max_width=None, **({"fuse": True, "strength": 0.25} | options))  # type: ignore[arg-type]
+    return Variants(parent, scores).problem(ledger, {}, max_width=None, fuse=fuse, strength=strength)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

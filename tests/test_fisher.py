@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from ffn_fusion.core.fisher import Sketcher, gram, signs
-from ffn_fusion.core.losses import CHUNK, kl_to, reference
+from ffn_fusion.core.losses import CHUNKS, kl_to, reference
 
 VOCAB = 40
+CHUNK = CHUNKS["cpu"]
 CPU = torch.device("cpu")
 
 

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch.nn import functional
 
-from ffn_fusion.core.losses import CHUNK, kl_to, nll, reference
+from ffn_fusion.core.losses import CHUNKS, kl_to, nll, reference
 
 VOCAB = 11
+CHUNK = CHUNKS["cpu"]
 counts = pytest.mark.parametrize("num_tokens", [1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 2 * CHUNK + 3])
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 

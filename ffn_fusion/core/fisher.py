@@ -9,7 +9,7 @@ inner products (Johnson and Lindenstrauss; Achlioptas 2003).
 import torch
 from torch import Tensor
 
-from ffn_fusion.core.losses import CHUNK, Reference
+from ffn_fusion.core.losses import Reference, chunks
 
 SKETCH = 16
 """Numbers kept a token. Errors of inner products average out over tokens."""
@@ -33,7 +33,7 @@ class Sketcher:
     def __init__(self, ref: Reference, signs_vk: Tensor) -> None:
         self._ref, self._signs = ref, signs_vk
         roots, parents = [], []
-        for p in ref.probabilities.split(CHUNK):
+        for p in chunks(ref.probabilities):
             root = p.sqrt()
             # What has no probability has no weight either; the floor keeps its logarithm finite.
             log = p.clamp(min=torch.finfo(torch.float32).tiny).log()
@@ -44,7 +44,7 @@ class Sketcher:
     def __call__(self, logits_nv: Tensor) -> Tensor:
         """Projected deviation of each token, [N, K] in float32."""
         parts, means = [], []
-        for p, z in zip(self._ref.probabilities.split(CHUNK), logits_nv.split(CHUNK), strict=True):
+        for p, z in zip(chunks(self._ref.probabilities), chunks(logits_nv), strict=True):
             z = z.float()
             parts.append((p.sqrt() * z) @ self._signs)
             means.append(torch.einsum("nv,nv->n", p, z))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ffn_fusion.core.plan import Attention, Block, Ffn, Plan
     from ffn_fusion.errors import UserError
-    from ffn_fusion.settings import Blocks, Budget, Fusion, Judging, Machine, Tasks, Text
+    from ffn_fusion.settings import Blocks, Budget, Fusion, Judging, Limits, Machine, Space, Tasks, Text
     from ffn_fusion.stages.analyze import analyze
     from ffn_fusion.stages.bench import bench
     from ffn_fusion.stages.bld import bld
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ffn_fusion.stages.fuse import fuse
     from ffn_fusion.stages.report import report
     from ffn_fusion.stages.run import run
+    from ffn_fusion.stages.score import score
     from ffn_fusion.stages.search import search
     from ffn_fusion.stages.speculate import speculate
 
@@ -32,8 +33,10 @@ __all__ = [
     "Ffn",
     "Fusion",
     "Judging",
+    "Limits",
     "Machine",
     "Plan",
+    "Space",
     "Tasks",
     "Text",
     "UserError",
@@ -46,13 +49,14 @@ __all__ = [
     "fuse",
     "report",
     "run",
+    "score",
     "search",
     "speculate",
 ]
 _MODULES = {
     "core.plan": ("Attention", "Block", "Ffn", "Plan"),
     "errors": ("UserError",),
-    "settings": ("Blocks", "Budget", "Fusion", "Judging", "Machine", "Tasks", "Text"),
+    "settings": ("Blocks", "Budget", "Fusion", "Judging", "Limits", "Machine", "Space", "Tasks", "Text"),
 }
 
 

@@ -10,6 +10,7 @@ Dtype = Literal["auto", "bf16", "fp16", "fp32"]
 Method = Literal["mip", "greedy", "random", "max-params", "shortgpt", "llm-drop", "drop-layers"]
 TwoOrMore = Annotated[int, Parameter(validator=Number(gte=2))]
 Positive = Annotated[int, Parameter(validator=Number(gte=1))]
+NotNegative = Annotated[int, Parameter(validator=Number(gte=0))]
 
 
 @Parameter(name="*")
@@ -239,7 +240,7 @@ class Tasks:
 
     tasks: tuple[str, ...] = ()
     limit: Positive | None = None
-    num_fewshot: Annotated[int, Parameter(validator=Number(gte=0))] | None = None
+    num_fewshot: NotNegative | None = None
     chat: Literal["auto", "always", "never"] = "auto"
     data: tuple[str, ...] = ()
     fitted_on: tuple[str, ...] = ()

@@ -25,7 +25,7 @@ from ffn_fusion.hf.surgery import Norm
 from ffn_fusion.hf.text import read_windows
 from ffn_fusion.hf.walk import ParentWalk
 from ffn_fusion.progress import track
-from ffn_fusion.settings import Blocks, Machine, Text, TwoOrMore
+from ffn_fusion.settings import Blocks, Machine, NotNegative, Text, TwoOrMore
 
 UNITS = "units.json"
 BLOCKS = "blocks"
@@ -39,7 +39,7 @@ def bld(
     library: Path | None = None,
     norm: Norm = "folded",
     windows: TwoOrMore = 128,
-    epochs: Annotated[int, Parameter(validator=Number(gte=0))] = 2,
+    epochs: NotNegative = 2,
     learning_rate: Annotated[float, Parameter(validator=Number(gt=0))] = 1e-2,
     text: Text = Text(),  # noqa: B008
     machine: Machine = Machine(),  # noqa: B008

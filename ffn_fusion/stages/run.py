@@ -12,9 +12,10 @@ from ffn_fusion.errors import UserError
 from ffn_fusion.hf.machine import pick_device, pick_dtype
 from ffn_fusion.hf.model import ModelFolder
 from ffn_fusion.hf.resolve import resolve_model
-from ffn_fusion.settings import Budget, Fusion, Limits, Machine, Positive, Space, Text, TwoOrMore
+from ffn_fusion.settings import Blocks, Budget, Fusion, Limits, Machine, NotNegative, Positive, Space, Text, TwoOrMore
 from ffn_fusion.stages.analyze import analyze
 from ffn_fusion.stages.bench import bench
+from ffn_fusion.stages.bld import bld
 from ffn_fusion.stages.cost import cost
 from ffn_fusion.stages.evaluate import HELD_OUT, evaluate
 from ffn_fusion.stages.fuse import fuse
@@ -33,6 +34,9 @@ def run(
     start: str | None = None,
     costs: Path | None = None,
     force_costs: bool = False,
+    library: Path | None = None,
+    bld_epochs: NotNegative = 0,
+    bld_windows: TwoOrMore = 256,
     windows: Positive = 8,
     fit_windows: TwoOrMore = 64,
     eval_text: tuple[str, ...] = HELD_OUT.text,
@@ -66,6 +70,13 @@ def run(
         Costs that `cost` measured on another machine, to search for that one; without it, they are measured here.
     force_costs
         Use costs of another device or dtype; the result says so.
+    library
+        Trained blocks to build with, a folder that `bld` made of the same parent.
+    bld_epochs
+        Epochs of blockwise local distillation that the blocks of the plan found get; it needs no labels and one layer
+        of memory.
+    bld_windows
+        Windows of calibration text for that.
     windows
         Windows of calibration text that scores are measured on.
     fit_windows
@@ -94,6 +105,7 @@ def run(
         search,
         model,
         out=out / "search",
+        library=library,
         windows=windows,
         fit_windows=few,
         budget=budget,
@@ -104,7 +116,15 @@ def run(
     if limits.given:
         scores = out / "scores"
         score(
-            model, out=scores, windows=windows, fit_windows=few, space=space, fusion=fusion, text=text, machine=machine
+            model,
+            out=scores,
+            library=library,
+            windows=windows,
+            fit_windows=few,
+            space=space,
+            fusion=fusion,
+            text=text,
+            machine=machine,
         )
         if costs is None:
             costs = out / "costs"
@@ -116,7 +136,20 @@ def run(
     student = out / "student"
     # The text for all of them: channels are chosen by it where the plan cuts FFNs.
     build = partial(fuse, model, fit_windows=fit_windows, text=text, machine=machine)
-    build(plan=str(best), out=student, fusion=fusion)
+    if bld_epochs and best != parent.plan:
+        start_from, library = library, out / "library"
+        bld(
+            model,
+            out=library,
+            library=start_from,
+            blocks=Blocks(plan=str(best)),
+            norm=fusion.norm,
+            windows=bld_windows,
+            epochs=bld_epochs,
+            text=text,
+            machine=machine,
+        )
+    build(plan=str(best), out=student, library=library, fusion=fusion)
     students = [student]
     if steps:
         unfused, plain = out / "steps" / "attention-removed", out / "steps" / "fused-not-calibrated"

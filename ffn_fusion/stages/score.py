@@ -12,6 +12,7 @@ from ffn_fusion.core.space import Change, Sizes, changes
 from ffn_fusion.core.stats import estimate
 from ffn_fusion.folder import Environment, Record, StageFolder, run_stage
 from ffn_fusion.hf.deviation import Deviations
+from ffn_fusion.hf.library import open_library
 from ffn_fusion.hf.machine import device_map, pick_dtype, where
 from ffn_fusion.hf.meter import Meter
 from ffn_fusion.hf.model import ModelFolder
@@ -28,6 +29,7 @@ def score(
     model: str,
     *,
     out: Path,
+    library: Path | None = None,
     windows: Positive = 8,
     fit_windows: TwoOrMore = 16,
     space: Space = Space(),  # noqa: B008, frozen
@@ -46,12 +48,15 @@ def score(
         Folder, GGUF file, Hub id or builtin:smollm2-135m.
     out
         New folder for the scores.
+    library
+        Trained blocks to build changes with, a folder that `bld` made of the same parent.
     windows
         Windows of text to measure on.
     fit_windows
         Windows of text to fit each change on.
     """
     parent = resolve_model(model)
+    trained = open_library(library, parent, fusion.norm)
     tokenizer = load_tokenizer(parent, machine.trust_remote_code)
     measured = read_windows(text, tokenizer, windows, "measure")
     fit = read_windows(text, tokenizer, fit_windows, "fit")
@@ -62,10 +67,11 @@ def score(
         "space": asdict(space),
         "fusion": asdict(fusion),
         "dtype": str(dtype),
+        "library": trained.fingerprint if trained else None,
     }
 
     def work(folder: StageFolder) -> tuple[ScoreResult, Environment]:
-        meter = Meter(parent, parent.load(dtype, device_map(machine)), measured, fit, fusion, machine)
+        meter = Meter(parent, parent.load(dtype, device_map(machine)), measured, fit, fusion, machine, trained)
         deviations = Deviations(meter)
         found = changes_of(parent, space)
         (folder.state / SKETCHES).mkdir(exist_ok=True)

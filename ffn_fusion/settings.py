@@ -8,6 +8,7 @@ from cyclopts.validators import Number
 
 Dtype = Literal["auto", "bf16", "fp16", "fp32"]
 Method = Literal["mip", "greedy", "random", "max-params", "shortgpt", "llm-drop", "drop-layers"]
+Above0 = Annotated[float, Parameter(validator=Number(gt=0))]
 TwoOrMore = Annotated[int, Parameter(validator=Number(gte=2))]
 Positive = Annotated[int, Parameter(validator=Number(gte=1))]
 NotNegative = Annotated[int, Parameter(validator=Number(gte=0))]
@@ -201,14 +202,14 @@ class Limits:
         Also find a plan for each of these speedups; the report draws them as a front.
     """
 
-    speedup: float | None = None
-    latency_ms: float | None = None
-    throughput: float | None = None
-    memory_gb: float | None = None
+    speedup: Above0 | None = None
+    latency_ms: Above0 | None = None
+    throughput: Above0 | None = None
+    memory_gb: Above0 | None = None
     kv_bytes: Positive | None = None
     parameters: Positive | None = None
     sublayers: Positive | None = None
-    sweep: tuple[float, ...] = ()
+    sweep: tuple[Above0, ...] = ()
 
     @property
     def given(self) -> str:

@@ -24,7 +24,8 @@ MAY_IMPORT = {
 PARTS = {
     "stages.report": {"stages.figures", "stages.figures_search", "stages.gather"},
     "stages.figures_search": {"stages.figures"},
-    "stages.search": {"stages.greedy", "stages.puzzle"},
+    "stages.search": {"stages.evidence", "stages.greedy", "stages.puzzle"},
+    "stages.puzzle": {"stages.evidence"},
 }
 """Modules of one stage, which may import each other."""
 MAX_LINES = 330

@@ -7,32 +7,31 @@ scores, the solver proposes again, and the best plan that was measured wins.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 
 from ffn_fusion.core import baselines
-from ffn_fusion.core.budget import STRENGTH, Ledger, Scores, Uses, Variants
+from ffn_fusion.core.budget import STRENGTH, Uses, Variants
 from ffn_fusion.core.cost import shapes_of
 from ffn_fusion.core.cost_table import CostTable, Measured
 from ffn_fusion.core.plan import Plan
 from ffn_fusion.core.problem import Problem, evaluate, items_of
 from ffn_fusion.core.refine import Lesson, Vector, learned
-from ffn_fusion.core.search_records import INTERACTIONS, Candidate, ScoreResult, SearchResult, Similarity
+from ffn_fusion.core.search_records import Candidate, SearchResult
 from ffn_fusion.core.solve import Solution, solve
 from ffn_fusion.core.stats import Estimate
 from ffn_fusion.errors import UserError
-from ffn_fusion.folder import StageFolder, read_record, write_atomically
-from ffn_fusion.hf.machine import pick_device, where
+from ffn_fusion.folder import StageFolder, write_atomically
+from ffn_fusion.hf.machine import pick_device
 from ffn_fusion.hf.meter import Meter
 from ffn_fusion.hf.model import ModelFolder
 from ffn_fusion.hf.remote.configuration_ffn_fusion import WIDTH_MULTIPLE
-from ffn_fusion.hf.stacks import Stack, read_costs, time_stacks
+from ffn_fusion.hf.stacks import Stack, time_stacks
 from ffn_fusion.progress import track
-from ffn_fusion.settings import Limits, Machine, Method
+from ffn_fusion.settings import Machine, Method
+from ffn_fusion.stages.evidence import Evidence
 
 PLANS = "plans"
 """Folder of the plans of several budgets, by number."""
@@ -41,65 +40,13 @@ FIRST, OVERLAP = (1.0, 0.0, 3.0), 0.85
 share at most. Later ones only differ."""
 SOLVER_SECONDS, SOLVER_GAP = 5.0, 0.01
 """For each proposal: scores are known to a few per cent, so a proof of the last per cent would be worth nothing."""
+TOLERANCE = 1.03
+"""Times a limit that a plan's measured time may be; the sums of costs are that good (docs/method.md, section 8)."""
 REPEATS = 20
 """Timed decode steps of each plan that is taken."""
 Part = Literal["attention", "ffn", "layer"]
 SLACK = 0.003
 """Part of a limit by which a plan's exact cost may pass what its links were said to save."""
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What the search goes by: scores, costs, and a note where the costs are of another machine."""
-
-    scores: Scores
-    similarity: Similarity
-    ledger: Ledger
-    note: str
-
-    @property
-    def table(self) -> CostTable:
-        return self.ledger.table
-
-
-def read_evidence(
-    parent: ModelFolder, scores: Path, costs: Path, machine: Machine, dtype: torch.dtype, force: bool
-) -> Evidence:
-    """Scores and costs of this parent; `UserError` if they are of another, or costs of another device or dtype."""
-    scored = read_record(scores, ScoreResult)
-    if scored.inputs["model"] != parent.fingerprint:
-        raise UserError(f"{scores} scores another model ({scored.result.model})")
-    here = where(machine, dtype)
-    table, note = read_costs(costs, parent, here.device, here.dtype, force)
-    gram = load_file(scores / INTERACTIONS)["gram"].numpy()
-    ledger = Ledger(table, parent.shapes, WIDTH_MULTIPLE)
-    return Evidence(Scores(scored.result.scores, gram), scored.result.similarity, ledger, note)
-
-
-def targets(limits: Limits, ledger: Ledger) -> dict[str, Uses]:
-    """Limits of resources for each budget asked for, by its name: that of the options, then each of the sweep's."""
-    own = ledger.parent()
-    request = ledger.table.scenario
-    stated = {
-        "decode_ms": _least(limits.latency_ms, limits.speedup and own["decode_ms"] / limits.speedup),
-        "request_ms": limits.throughput and 1e3 * request.batch_size * request.new_tokens / limits.throughput,
-        "memory_bytes": limits.memory_gb and limits.memory_gb * 1e9,
-        "kv_bytes": limits.kv_bytes,
-        "parameters": limits.parameters,
-        "sublayers": limits.sublayers,
-    }
-    given = {name: float(limit) for name, limit in stated.items() if limit is not None}
-    named = ", ".join(f"{name} <= {limit:,.6g}" for name, limit in given.items())
-    found: dict[str, Uses] = {named: given} if given else {}
-    for speedup in limits.sweep:
-        at_most = _least(given.get("decode_ms"), own["decode_ms"] / speedup)
-        assert at_most is not None
-        found[f"{speedup:g}x"] = given | {"decode_ms": at_most}
-    return found
-
-
-def _least(*values: float | None) -> float | None:
-    return min((value for value in values if value), default=None)
 
 
 @dataclass(frozen=True)
@@ -160,6 +107,11 @@ def search_within(
                 )
             )
     first = next(candidate for candidate in candidates if candidate.best)
+    missed = [
+        f"{target}: {time.ms:.4g} ms measured, over the limit of {limits['decode_ms']:.4g}; give a tighter one"
+        for (target, limits), time in zip(wanted.items(), times, strict=True)
+        if time and time.ms > limits.get("decode_ms", np.inf) * TOLERANCE
+    ]
     _write_plans(folder, {target: tried.solution.plan for target, tried in taken.items()})
     return SearchResult(
         plan=first.plan,
@@ -172,7 +124,7 @@ def search_within(
         candidates=candidates,
         parent_ms=ledger.parent()["decode_ms"],
         parent_measured_ms=own,
-        note=evidence.note,
+        note="; ".join([evidence.note] * bool(evidence.note) + missed),
     )
 
 

@@ -18,7 +18,7 @@ from ffn_fusion.hf.model import PLAN_FILE, ModelFolder
 from ffn_fusion.hf.resolve import load_tokenizer, read_plan, resolve_model
 from ffn_fusion.hf.text import read_windows
 from ffn_fusion.settings import Budget, Fusion, Grouping, Limits, Machine, Method, Positive, Text, TwoOrMore
-from ffn_fusion.stages import greedy, puzzle
+from ffn_fusion.stages import evidence, greedy, puzzle
 
 
 def search(
@@ -107,10 +107,10 @@ def search(
             )
         rule = puzzle.Rule(method, interactions, groups, budget.trials, budget.max_fused_width, text.seed)
         scores, costs = _needed(scores, "--scores", "score"), _needed(costs, "--costs", "cost")
-        evidence = puzzle.read_evidence(parent, scores, costs, machine, dtype, force_costs)
-        wanted = puzzle.targets(limits, evidence.ledger)
+        known = evidence.read_evidence(parent, scores, costs, machine, dtype, force_costs)
+        wanted = evidence.targets(limits, known.ledger)
         inputs |= {"scores": _digest(scores), "costs": _digest(costs), "limits": asdict(limits), "rule": asdict(rule)}
-        within = partial(puzzle.search_within, evidence, wanted, rule)
+        within = partial(puzzle.search_within, known, wanted, rule)
     else:
         analysed = _analysis(_needed(analysis, "--analysis", "analyze"), parent)
         inputs |= {"analysis": analysed.sample.digest}

@@ -195,7 +195,8 @@ def forecast(
         "analyze": measured * layers * 2,
         # Half of the layers and the head run again, and three layers on the text for fits.
         "score": num_changes * (measured * 0.6 + 16 * text.length * 3 / layers),
-        "search": measured * layers * 3 + 8 * (16 * text.length * 4 + measured),
+        # Greedy removal, or none; then fused plans.
+        "search": measured * layers * 3 * (not num_changes) + 8 * (16 * text.length * 4 + measured),
         "fuse": fit_windows * text.length * 5,
         "eval": eval_windows * 1024 * (6 if steps else 2),
     }

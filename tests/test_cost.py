@@ -72,18 +72,18 @@ TABLE = CostTable(
 
 def test_between_measured_widths_the_time_is_linear_and_beyond_them_too() -> None:
     expected = {100: 1.0, 150: 2.0, 200: 3.0, 300: 3.5, 400: 4.0, 800: 6.0, 60: 0.2, 1: 0.0}
-    assert {width: TABLE.ffn_decode_ms(width) for width in expected} == pytest.approx(expected)
-    assert TABLE.ffn_prefill_ms(300) == 6.5
-    assert (TABLE.attention_decode_ms(2), TABLE.attention_prefill_ms(1)) == (0.75, 2.0)
+    assert {width: TABLE.sublayer_ms("ffn", width, "decode") for width in expected} == pytest.approx(expected)
+    assert TABLE.sublayer_ms("ffn", 300, "prefill") == 6.5
+    assert (TABLE.sublayer_ms("attention", 2, "decode"), TABLE.sublayer_ms("attention", 1, "prefill")) == (0.75, 2.0)
     assert TABLE.extrapolated([BlockShape(2, 400), BlockShape(1, 100), BlockShape(0, 0, True)]) == []
     assert TABLE.extrapolated([BlockShape(4, 800)]) == [
         "4 kv heads (measured: 1 to 2)",
         "800 channels (measured: 100 to 400)",
     ]
     lonely = replace(TABLE, rows=TABLE.rows[:1])
-    assert lonely.ffn_decode_ms(400) == 4.0
+    assert lonely.sublayer_ms("ffn", 400, "decode") == 4.0
     with pytest.raises(UserError, match="no ffn of size 200"):
-        lonely.ffn_decode_ms(200)
+        lonely.sublayer_ms("ffn", 200, "decode")
 
 
 def test_a_model_is_its_offset_and_its_sublayers() -> None:

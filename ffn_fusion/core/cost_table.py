@@ -171,24 +171,6 @@ class CostTable:
         """A sublayer with its all-reduce: linear between measured sizes, beyond them on the line of the last two."""
         return self._compute_ms(kind, size, phase) + self.communication.all_reduce.of(phase)
 
-    def attention_decode_ms(self, kv_heads: int) -> float:
-        return self.sublayer_ms("attention", kv_heads, "decode")
-
-    def ffn_decode_ms(self, width: int) -> float:
-        return self.sublayer_ms("ffn", width, "decode")
-
-    def attention_prefill_ms(self, kv_heads: int) -> float:
-        return self.sublayer_ms("attention", kv_heads, "prefill")
-
-    def ffn_prefill_ms(self, width: int) -> float:
-        return self.sublayer_ms("ffn", width, "prefill")
-
-    def linear_decode_ms(self) -> float:
-        return self.sublayer_ms("linear", 0, "decode")
-
-    def linear_prefill_ms(self) -> float:
-        return self.sublayer_ms("linear", 0, "prefill")
-
     def cost(self, shapes: Sequence[BlockShape]) -> Cost:
         """Exact counts of a model with these blocks: parameters, bytes of weights and kv cache."""
         counts = self.facts.counts

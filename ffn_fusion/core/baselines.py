@@ -43,7 +43,7 @@ def greedy(problem: Problem, *, links: bool = False) -> Solution:
 
     The tightest resource is the one that is passed by the largest part. Scores are the single ones: interactions are
     not looked at and nothing is measured anew. What turns out unneeded at the end is undone, the costliest first.
-    This is the usual rule for knapsacks; Puzzle names its greedy search without giving its steps.
+    This is the usual rule for knapsacks; Puzzle compares with a greedy search, too, which need not be this one.
     """
     choice, changes = _parents(problem), _Changes(problem, links)
     while _excess(problem, used := resources_used(problem, choice)):

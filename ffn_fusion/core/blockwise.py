@@ -1,4 +1,4 @@
-"""Blockwise local distillation (Puzzle, section 2; docs/method.md, section 8): which parts of a block train, which
+"""Blockwise local distillation (Puzzle, section 2; docs/method.md, section 9): which parts of a block train, which
 blocks stand in for which, the weight of a token, the learning rate over time.
 
 A *unit* is one block, trained to take the parent's stream in front of its first layer to the one behind its last.

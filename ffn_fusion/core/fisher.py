@@ -1,4 +1,4 @@
-"""How changes of a model add up: their logit deviations as vectors in the Fisher metric (docs/method.md, section 7).
+"""How changes of a model add up: their logit deviations as vectors in the Fisher metric (docs/method.md, section 10).
 
 To second order KL(p || p + d) = 1/2 Var_p(d), half the squared length of u = sqrt(p) (d - E_p d), where d [V] is the
 change of the logits. If the deviations of two changes add up, KL(both) = KL(a) + KL(b) + u_a . u_b: the interaction

@@ -1,4 +1,4 @@
-"""Replace-one-block scores (Puzzle, section 2.5 of docs/method.md): what each single change of the parent costs."""
+"""Replace-one-block scores (Puzzle; docs/method.md, section 10): what each single change of the parent costs."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -16,6 +16,7 @@ from texts import write_text
 from transformers import AutoModelForCausalLM
 
 from ffn_fusion import cli
+from ffn_fusion.core.block_records import BldResult
 from ffn_fusion.core.plan import Plan
 from ffn_fusion.core.records import AnalyzeResult, EvalResult, FuseResult
 from ffn_fusion.core.search_records import SearchResult
@@ -402,3 +403,15 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing(
     assert err.count("\n") == 0, err
     assert not (tmp_path / "out").exists()
     assert before == {path.name: path.stat().st_mtime_ns for path in tiny_parent("llama").iterdir()}
+
+
+def test_the_main_job_trains_the_blocks_of_its_plan_before_it_fits_them(
+    tiny_parent: Callable[[str], Path], texts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    held_out = ["--eval-text", texts[1], "--eval-windows", 2]
+    options = ["--text", texts[0], "--fit-windows", 8, "--no-steps", *held_out, *SMALL]
+    training = ["--bld-epochs", 1, "--bld-windows", 16, "--plan", PLAN]
+    assert call("run", tiny_parent("llama"), "--out", tmp_path / "run", *training, *options) == 0
+    units = read_record(tmp_path / "run" / "library", BldResult).result.units
+    assert [unit.block for unit in units] == ["A1F1+2", "-F3"]
+    assert read_record(tmp_path / "run" / "student", FuseResult).inputs["library"]

@@ -163,7 +163,8 @@ def test_links_save_what_two_ffns_cost_more_apart() -> None:
     ledger = ledger_of(parent)
     problem = problem_of((parent, ledger, scored(parent, ledger, Sizes((), ()))))
     assert [link.left for link in problem.links] == [0, 1, 2]
-    saved = TABLE.ffn_decode_ms(512) * 2 - TABLE.ffn_decode_ms(1024)
+    one, both = (TABLE.sublayer_ms("ffn", width, "decode") for width in (512, 1024))
+    saved = 2 * one - both
     assert saved > 0
     for link in problem.links:
         assert link.saves["decode_ms"] == pytest.approx(saved)

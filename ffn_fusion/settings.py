@@ -45,10 +45,10 @@ class Text:
     Parameters
     ----------
     text
-        Files, folders, JSONL or parquet files, Hub datasets (owner/name:split), builtin:wikipedia or builtin:novels;
-        give the option again for each.
+        Files, folders, JSONL or parquet files, Hub datasets (owner/name:split), or builtin:NAME (wikipedia, novels,
+        maths, code, dialogue); give the option again for each.
     column
-        Column of JSONL, parquet and Hub datasets.
+        Column of JSONL, parquet and Hub datasets: of text, or of chats (lists of messages with role and content).
     length
         Tokens in a window.
     seed

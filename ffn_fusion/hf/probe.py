@@ -55,7 +55,7 @@ def resume(model: PreTrainedModel, ids: Tensor, start: int, stream: Tensor, head
     Without `head` the layers run, and nothing is returned. `ids` only gives the shape to the family's forward.
     """
     layers = model.model.layers
-    skipped: list[nn.Module] = [_Passthrough() for _ in range(start)]
+    skipped: list[nn.Module] = [Passthrough() for _ in range(start)]
     if skipped:
         skipped[-1] = _Give(stream)
     model.model.layers = nn.ModuleList([*skipped, *layers[start:]])
@@ -100,7 +100,7 @@ def _hook(visit: Visit, layer: int, part: str) -> Callable[..., None]:
     return hook
 
 
-class _Passthrough(nn.Module):
+class Passthrough(nn.Module):
     def forward(self, hidden_states: Tensor, **_: Any) -> Tensor:
         return hidden_states
 

@@ -1,7 +1,5 @@
 """Losses of distillation: gradients against autograd, chunks against the whole, top tokens against all of them."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
@@ -108,12 +106,14 @@ def test_the_head_is_worked_through_in_chunks(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_frozen_head_gets_no_gradient() -> None:
     hidden, head = drawn(N, D).requires_grad_(), drawn(V, D)
-    score: Callable[..., distill.Scored] = lambda z, place: score_logits(
-        Losses(lm=1.0), z, None, torch.arange(N)[place]
-    )  # noqa: E731
+
+    def score(logits: Tensor, place: slice) -> distill.Scored:
+        return score_logits(Losses(lm=1.0), logits, None, torch.arange(N)[place])
+
     total, _ = head_loss(hidden, head, 1.0, score, 1)
     total.backward()
-    assert hidden.grad is not None and head.grad is None
+    assert hidden.grad is not None
+    assert head.grad is None
 
 
 def test_streams_are_compared_token_by_token() -> None:

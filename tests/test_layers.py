@@ -23,7 +23,8 @@ MAY_IMPORT = {
     "errors": set(),
 }
 PARTS = {
-    "stages.report": {"stages.figures", "stages.figures_search", "stages.gather"},
+    "stages.report": {"stages.figures", "stages.figures_heal", "stages.figures_search", "stages.gather"},
+    "stages.figures_heal": {"stages.figures"},
     "stages.figures_search": {"stages.figures"},
     "stages.search": {"stages.evidence", "stages.greedy", "stages.puzzle"},
     "stages.puzzle": {"stages.evidence"},

@@ -116,11 +116,13 @@ class HealResult:
     """The check-up whose weights are in the folder."""
     stopped: str
     """Why training ended before its time; empty if it did not."""
+    earlier_texts: list[str]
+    """What the student that came in had been fitted to or trained on."""
 
     @property
     def texts(self) -> list[str]:
-        """Every text that was trained on, once."""
-        return list(dict.fromkeys(drawn.text for stage in self.stages for drawn in stage.drawn))
+        """Every text that the student has seen, once."""
+        return list(dict.fromkeys([*self.earlier_texts, *(d.text for stage in self.stages for d in stage.drawn)]))
 
     @property
     def verdict(self) -> str:

@@ -13,12 +13,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ffn_fusion.core.losses import kl_to, nll, reference
-from ffn_fusion.core.records import EvalResult, FuseResult, ModelScore
+from ffn_fusion.core.records import EvalResult, ModelScore
 from ffn_fusion.core.stats import estimate
 from ffn_fusion.errors import UserError
-from ffn_fusion.folder import RECORD, Environment, Record, StageFolder, read_record, run_stage
+from ffn_fusion.folder import Environment, Record, StageFolder, run_stage
 from ffn_fusion.hf.machine import device_map, pick_dtype, where
 from ffn_fusion.hf.model import ModelFolder
+from ffn_fusion.hf.provenance import texts_behind
 from ffn_fusion.hf.resolve import labels, load_tokenizer, resolve_model
 from ffn_fusion.hf.text import Windows, read_windows
 from ffn_fusion.progress import track
@@ -125,13 +126,8 @@ def _board(tasks: Tasks, judging: Judging, tokenizer: PreTrainedTokenizerBase) -
 
 
 def _fitted_on(students: Sequence[ModelFolder]) -> list[str]:
-    """Texts that students were calibrated on, by their own records."""
-    sources: list[str] = []
-    for student in students:
-        if (student.folder / RECORD).is_file():
-            sample = read_record(student.folder, FuseResult).result.sample
-            sources += sample.sources if sample else []
-    return sources
+    """Texts that students were calibrated or trained on, by their own records."""
+    return [text for student in students for text in texts_behind(student)]
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from ffn_fusion.healing.ranks import Ranks, joined
 from ffn_fusion.hf.checkpoint import fingerprint
 from ffn_fusion.hf.machine import pick_device, pick_dtype, where
 from ffn_fusion.hf.model import PLAN_FILE, ModelFolder
+from ffn_fusion.hf.provenance import texts_behind
 from ffn_fusion.hf.resolve import load_tokenizer, resolve_model
 from ffn_fusion.settings import Above0, Machine, NotNegative, Positive, TwoOrMore
 
@@ -143,6 +144,7 @@ def heal(
             curve=progress.curve,
             best=best,
             stopped=progress.stopped,
+            earlier_texts=texts_behind(target),
         )
         return result, where(machine, dtype)
 

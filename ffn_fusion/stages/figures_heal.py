@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 
 from ffn_fusion.core.heal_records import CheckUp, HealResult, Measure, TrainingPoint
 from ffn_fusion.stages.figures import BLUE, GOLD, GREEN, GREY, INK, MUTED, RED, render, whiskers
@@ -17,7 +18,8 @@ def domains(name: str, check_ups: Sequence[CheckUp], measure: Measure, best: int
 
     def paint(figure: Figure) -> None:
         axes = figure.add_subplot()
-        axes.set_yscale("log" if measure == "kl" else "linear")
+        if measure == "kl":
+            _log(axes)
         for index, domain in enumerate(check_ups[0].domains):
             values = [check_up.domains[domain].value(measure) for check_up in check_ups]
             colour, mark = COLOURS[index % len(COLOURS)], MARKS[index % len(MARKS)]
@@ -40,7 +42,7 @@ def losses(name: str, curve: Sequence[TrainingPoint]) -> str:
 
     def paint(figure: Figure) -> None:
         axes = figure.add_subplot()
-        axes.set_yscale("log")
+        _log(axes)
         for index, loss in enumerate(names):
             points = [(point.num_tokens, point.losses[loss]) for point in curve if loss in point.losses]
             tokens, values = zip(*points, strict=True)
@@ -52,6 +54,13 @@ def losses(name: str, curve: Sequence[TrainingPoint]) -> str:
         figure.legend(loc="outside upper left", ncols=3, handletextpad=0.4, columnspacing=1.2)
 
     return render(name, 3.0, paint)
+
+
+def _log(axes: Axes) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def rows(result: HealResult) -> list[tuple[str, list[tuple[str, str]]]]:

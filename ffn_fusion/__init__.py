@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ffn_fusion.stages.evaluate import evaluate
     from ffn_fusion.stages.export import export
     from ffn_fusion.stages.fuse import fuse
+    from ffn_fusion.stages.heal import heal
     from ffn_fusion.stages.report import report
     from ffn_fusion.stages.run import run
     from ffn_fusion.stages.score import score
@@ -47,6 +48,7 @@ __all__ = [
     "evaluate",
     "export",
     "fuse",
+    "heal",
     "report",
     "run",
     "score",

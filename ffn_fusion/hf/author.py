@@ -6,6 +6,7 @@ An instruct model that is given its chat template up to the place where a user s
 
 from collections import Counter
 from collections.abc import Sequence
+from random import Random
 from typing import Any, NamedTuple
 
 import torch
@@ -81,7 +82,8 @@ class Author:
         """New documents whose keys are not `known`, and how many others were begun, by what was wrong with them."""
         devices = range(torch.cuda.device_count()) if self._model.device.type == "cuda" else ()
         with torch.random.fork_rng(devices):
-            torch.manual_seed((self._seed << 32) + number)
+            # torch's generator on a CPU looks at 32 bits of a seed only.
+            torch.manual_seed(Random(f"{self._seed} {number}").getrandbits(32))
             return self._chats(known) if self.chat else self._texts(known)
 
     def _chats(self, known: set[str]) -> tuple[list[Document], Counter[str]]:
@@ -148,7 +150,7 @@ class Author:
             self._tokenizer.decode(ids[:length], skip_special_tokens=skip).partition(end.string or MARK)
             for skip in (False, True)
         )
-        fault = "repeating itself" if repeats(ids[:length]) else None
+        fault = "repeating itself" if repeats(self._ids(raw[0])) else None
         if not any(map(str.isalnum, plain[0])):
             fault = "empty"
         return _Said(raw[0], plain[0].strip(), length < len(ids) or bool(raw[1]), fault)

@@ -1,6 +1,6 @@
 """A parent's answers on disk: windows of tokens, the likeliest next tokens at each, streams if wanted.
 
-docs/formats.md has the layout. A shard is a safetensors file of compressed windows. A window is read by itself, whatever lies around it.
+A shard is a safetensors file of compressed windows (docs/formats.md), each of which is read by itself.
 """
 
 import hashlib

@@ -150,7 +150,7 @@ def _new(author: Author, folder: StageFolder, known: set[str], count: int) -> It
             dict(Counter(done.rejected) + rejected),
         )
         folder.save(PROGRESS, asdict(done))
-        if done.fruitless == MOST_FRUITLESS:
+        if done.fruitless >= MOST_FRUITLESS:
             raise UserError(
                 f"the parent wrote {done.documents} documents and then nothing new in {MOST_FRUITLESS} batches "
                 f"({', '.join(sorted(rejected))}); ask for fewer with --write, or raise --prompt-temperature"

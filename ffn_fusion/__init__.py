@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ffn_fusion.core.plan import Attention, Block, Ffn, Plan
     from ffn_fusion.errors import UserError
-    from ffn_fusion.settings import Blocks, Budget, Fusion, Judging, Limits, Machine, Space, Tasks, Text
+    from ffn_fusion.settings import Blocks, Budget, Fusion, Judging, Limits, Machine, Space, Tasks, Text, Writing
     from ffn_fusion.stages.analyze import analyze
     from ffn_fusion.stages.bench import bench
     from ffn_fusion.stages.bld import bld
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ffn_fusion.stages.score import score
     from ffn_fusion.stages.search import search
     from ffn_fusion.stages.speculate import speculate
+    from ffn_fusion.stages.teach import teach
 
 __version__ = version("ffn-fusion")
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "Tasks",
     "Text",
     "UserError",
+    "Writing",
     "analyze",
     "bench",
     "bld",
@@ -54,11 +56,12 @@ __all__ = [
     "score",
     "search",
     "speculate",
+    "teach",
 ]
 _MODULES = {
     "core.plan": ("Attention", "Block", "Ffn", "Plan"),
     "errors": ("UserError",),
-    "settings": ("Blocks", "Budget", "Fusion", "Judging", "Limits", "Machine", "Space", "Tasks", "Text"),
+    "settings": ("Blocks", "Budget", "Fusion", "Judging", "Limits", "Machine", "Space", "Tasks", "Text", "Writing"),
 }
 
 

@@ -14,6 +14,7 @@ VERBS = {
     "score": ("score", "Score every variant of every layer, replaced alone in the parent."),
     "search": ("search", "Find a plan: which attentions to remove and which FFNs to fuse."),
     "bld": ("bld", "Blockwise local distillation: train variants of blocks on the parent's own activations."),
+    "teach": ("teach", "Store a parent's answers on a text, for distillation; it can write the text itself."),
     "plan": ("plan", "Say what a plan holds, another tool's included, and write its plan.json."),
     "fuse": ("fuse", "Build the student of a plan."),
     "heal": ("heal", "Train a student back to its parent: distillation, further pretraining, on any number of GPUs."),

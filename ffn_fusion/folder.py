@@ -190,11 +190,11 @@ def _partial(out: Path, identity: dict[str, Any]) -> Iterator[StageFolder]:
         yield folder
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, data: str | bytes) -> None:
     """Write a file so that it is there whole or not at all, whatever happens."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with temporary.open("wb") as file:
+        file.write(data.encode() if isinstance(data, str) else data)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

@@ -6,7 +6,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 
 from ffn_fusion.core import distill
-from ffn_fusion.core.distill import Losses, TopK, head_loss, logit_names, score_logits, stream_loss
+from ffn_fusion.core.distill import Losses, head_loss, logit_names, score_logits, stream_loss
+from ffn_fusion.core.topk import TopK
 from ffn_fusion.errors import UserError
 
 N, V, D = 7, 23, 5

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from ffn_fusion.core.topk import TopK
 from ffn_fusion.errors import UserError
 
 LOGITS_AT_ONCE = {"cpu": 2**23, "cuda": 2**26}
@@ -67,14 +68,6 @@ class Losses:
 
 
 _TERMS = ("kl", "reverse_kl", "jsd", "lm", *ON_STREAM)
-
-
-class TopK(NamedTuple):
-    """The k likeliest tokens of each position and the log of the mass that all others have together."""
-
-    ids: Tensor
-    log_probs: Tensor
-    tail: Tensor
 
 
 class Scored(NamedTuple):

@@ -6,8 +6,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ffn_fusion.core.distill import Losses, TopK
+from ffn_fusion.core.distill import Losses
 from ffn_fusion.core.plan import Plan
+from ffn_fusion.core.topk import TopK
 from ffn_fusion.healing.corpus import Corpus
 from ffn_fusion.healing.sharded import Model, Pass
 from ffn_fusion.hf.model import ModelFolder

@@ -12,8 +12,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from ffn_fusion.core.curriculum import TrainingStage
-from ffn_fusion.core.distill import ON_STREAM, Losses, Scored, TopK, head_loss, logit_names, score_logits, stream_loss
+from ffn_fusion.core.distill import ON_STREAM, Losses, Scored, head_loss, logit_names, score_logits, stream_loss
 from ffn_fusion.core.heal_records import TrainingPoint
+from ffn_fusion.core.topk import TopK
 from ffn_fusion.healing.feeds import Batch, Feed
 from ffn_fusion.healing.ranks import Ranks
 from ffn_fusion.healing.sharded import Model, Pass, trained_parameters

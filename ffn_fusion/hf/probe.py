@@ -3,7 +3,7 @@
 All of it acts on the loaded model from outside: the family's own forward makes masks, positions and logits.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -79,6 +79,19 @@ def without(model: PreTrainedModel, layer: int, part: str) -> Iterator[None]:
         yield
     finally:
         setattr(owner, part, module)
+
+
+@contextmanager
+def streams_after(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """The streams behind these layers, filled in by the next pass."""
+    streams: dict[int, Tensor] = {}
+    with ExitStack() as stack:
+        for index in layers:
+            hook = model.model.layers[index].register_forward_hook(
+                lambda _, __, out, index=index: streams.__setitem__(index, out)
+            )
+            stack.callback(hook.remove)
+        yield streams
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,25 +35,28 @@ class Windows:
     sample: Sample
 
 
-def read_windows(text: Text, tokenizer: PreTrainedTokenizerBase, count: int, part: Part = "all") -> Windows:
-    """`count` windows of `text.length` tokens, the same ones for the same arguments.
+def read_windows(text: Text, tokenizer: PreTrainedTokenizerBase, count: int | None, part: Part = "all") -> Windows:
+    """`count` windows of `text.length` tokens, the same ones for the same arguments; all that the text fills if None.
 
     Documents are cut into pieces, shuffled by `text.seed` and tokenised until there are enough. `part` divides the
     pieces in two: "measure" (one in eight) for scores, "fit" for calibration, so that the two never share text.
     """
-    ids: list[int] = []
-    needed = text.length * count
+    # Four bytes a token, where a list takes 36.
+    ids = array("i")
     for piece in shuffled_pieces(text, tokenizer, part):
-        ids += tokenizer(piece, verbose=False)["input_ids"]
-        if len(ids) >= needed:
+        if count is not None and len(ids) >= text.length * count:
             break
+        ids.extend(tokenizer(piece, verbose=False)["input_ids"])
+    if count is None:
+        count = max(1, len(ids) // text.length)
+    needed = text.length * count
     if len(ids) < needed:
         share = "" if part == "all" else f" in its '{part}' part"
         raise UserError(
             f"text {', '.join(text.text)} has only {len(ids):,} tokens{share}; "
             f"{count} windows of {text.length} need {needed:,}"
         )
-    tensor = torch.tensor(ids[:needed]).view(count, text.length)
+    tensor = torch.tensor(ids[:needed], dtype=torch.long).view(count, text.length)
     num_bytes = tuple(len(tokenizer.decode(row[1:], skip_special_tokens=True).encode()) for row in tensor)
     digest = hashlib.sha256(tensor.numpy().tobytes()).hexdigest()[:16]
     return Windows(tensor, num_bytes, Sample(list(text.text), part, count, text.length, text.seed, digest))

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -21,14 +22,17 @@ from ffn_fusion.core.heal_records import HealResult
 from ffn_fusion.errors import UserError
 from ffn_fusion.folder import Record
 from ffn_fusion.healing.corpus import Corpus
-from ffn_fusion.healing.feeds import LiveFeed, head_of, spans
+from ffn_fusion.healing.feeds import CachedFeed, LiveFeed, head_of, spans
 from ffn_fusion.healing.loop import Objective, Training
 from ffn_fusion.healing.ranks import joined
 from ffn_fusion.healing.sharded import Form, load
 from ffn_fusion.hf.model import ModelFolder
-from ffn_fusion.settings import Machine
+from ffn_fusion.hf.resolve import read_plan
+from ffn_fusion.hf.teacher_cache import open_cache
+from ffn_fusion.settings import Machine, Text
 from ffn_fusion.stages.evaluate import evaluate
 from ffn_fusion.stages.heal import heal
+from ffn_fusion.stages.teach import teach
 
 CPU = Machine(device="cpu", dtype="fp32", batch_size=2)
 GLOBAL = {"name": "global", "tokens": 768, "length": 32, "step_tokens": 128, "learning_rate": 3e-3, "losses": {"kl": 1}}
@@ -226,6 +230,65 @@ def test_longer_contexts_come_with_the_rope_that_they_were_trained_with(
     assert config["rope_parameters"]["rope_type"] == config["rope_scaling"]["rope_type"] == "yarn"
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert loaded.model.rotary_emb.rope_type == "yarn"
+
+
+@pytest.fixture
+def answers(tiny_parent: Tiny, tmp_path: Path, texts: tuple[str, str]) -> Path:
+    """All tokens but one of the parent's predictions, and the streams behind every layer that a block ends with."""
+    text = Text(text=(texts[0],), length=32)
+    options: dict[str, Any] = {"windows": 24, "top_k": 127, "hidden": (0, 2, 3, 4, 5), "text": text, "machine": CPU}
+    teach(str(tiny_parent("llama")), out=tmp_path / "answers", **options)
+    return tmp_path / "answers"
+
+
+def test_cached_answers_are_those_of_the_live_parent(answers: Path, tiny_parent: Tiny, tiny_student: Tiny) -> None:
+    parent, student = (ModelFolder(tiny("llama")) for tiny in (tiny_parent, tiny_student))
+    losses, cache = Losses(kl=1.0, cosine=1.0, mse=1.0), open_cache(answers, parent)
+    places, order = [3, 0, 7], np.arange(cache.num_windows)
+    corpus = Corpus(cache.read(order.tolist()).ids.numpy(), order, [])
+    plan = read_plan(str(student.folder), parent)
+    with joined(CPU) as ranks:
+        objective = Objective(losses, spans(plan), None)
+        live = LiveFeed(
+            corpus,
+            losses,
+            objective.asked,
+            load(parent, parent.config, Form(torch.float32), ranks),
+            head_of(parent, ranks.device, torch.float32),
+            ranks.device,
+        )
+        cached = CachedFeed(cache, order, losses, ranks.device)
+        model = load(student, student.config, Form(torch.float32), ranks)
+        with torch.no_grad():
+            sums = [objective(model, feed.batch(places))[1] for feed in (live, cached)]
+    torch.testing.assert_close(sums[1], sums[0], rtol=2e-3, atol=1e-3)
+
+
+def test_a_student_learns_from_cached_answers(
+    healed: Callable[..., Any], answers: Path, texts: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = GLOBAL | {"tokens": 2048, "losses": {"kl": 1, "cosine": 0.5}}
+    monkeypatch.setattr(LiveFeed, "batch", None)
+    result = healed(stage, teacher=answers).result
+    assert result.curve[-1].losses["kl"] < result.curve[0].losses["kl"]
+    assert str(result.stages[0].drawn[0]) == f"2,048 tokens of {answers}, read 2.7 times"
+    assert result.texts == [texts[0], str(answers)]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"length": 64}, "windows of 64 tokens, the cached answers of 32"),
+        ({"losses": {"jsd": 1}}, "need the live parent"),
+        ({"losses": {"kl": 1, "temperature": 2.0}}, "temperature 2, the cached answers 1"),
+        (LOCAL | {"trains": "neighbours"}, "streams behind layers embeddings, which the cached answers lack"),
+    ],
+)
+def test_answers_that_do_not_serve_a_stage(
+    healed: Callable[..., Any], answers: Path, change: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        healed(GLOBAL | change, teacher=answers)
 
 
 def test_a_finished_run_is_not_run_again(healed: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:

@@ -117,7 +117,7 @@ class HealResult:
     stopped: str
     """Why training ended before its time; empty if it did not."""
     earlier_texts: list[str]
-    """What the student that came in had been fitted to or trained on."""
+    """What the student that came in had been fitted to or trained on, and what cached answers were given on."""
 
     @property
     def texts(self) -> list[str]:

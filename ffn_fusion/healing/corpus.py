@@ -1,7 +1,7 @@
 """The text of a training stage: windows of token ids of several sources in their shares, in an order that the seed
 alone decides, on disk."""
 
-import hashlib
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,11 +29,6 @@ class Corpus:
     order: np.ndarray
     drawn: list[Drawn]
 
-    @property
-    def digest(self) -> str:
-        """Changes when a token or the order does."""
-        return hashlib.sha256(np.ascontiguousarray(self.windows).tobytes() + self.order.tobytes()).hexdigest()[:16]
-
     def read(self, places: Sequence[int]) -> Tensor:
         """Windows at these places of the stage, [places, length]."""
         return torch.from_numpy(self.windows[self.order[list(places)]].astype(np.int64))
@@ -54,9 +49,7 @@ def build_corpus(
     found, orders, drawn, start = [], [], [], 0
     for source, wanted in zip(sources, np.diff(ends, prepend=0).tolist(), strict=True):
         windows = _windows(source, tokenizer, length, wanted, seed)
-        rounds = -(-wanted // len(windows)) if wanted else 0
-        order = [generator.permutation(len(windows)) for _ in range(rounds)]
-        orders += [start + np.concatenate(order)[:wanted]] if wanted else []
+        orders += [start + repeated(wanted, len(windows), generator)] if wanted else []
         drawn.append(Drawn(source.text, wanted * length, len(windows) * length))
         found.append(windows)
         start += len(windows)
@@ -64,18 +57,25 @@ def build_corpus(
     return Corpus(np.load(path, mmap_mode="r"), generator.permutation(np.concatenate(orders)), drawn)
 
 
+def repeated(count: int, of: int, generator: np.random.Generator) -> np.ndarray:
+    """`count` numbers below `of`, all of them once, shuffled, before any comes again."""
+    rounds = [generator.permutation(of) for _ in range(-(-count // of))]
+    return np.concatenate(rounds)[:count]
+
+
 def _windows(source: Source, tokenizer: PreTrainedTokenizerBase, length: int, count: int, seed: int) -> np.ndarray:
     """At most `count` windows of a source, at least one; uint32 [windows, length]."""
     text = replace(Text(), text=(source.text,), column=source.column, length=length, seed=seed)
-    ids: list[int] = []
+    # Four bytes a token, where a list takes 36.
+    ids = array("i")
     for some in _tokenised(shuffled_pieces(text, tokenizer, "fit"), tokenizer):
-        ids += some
+        ids.extend(some)
         if len(ids) >= length * count:
             break
     whole = min(len(ids) // length, max(1, count))
     if not whole:
         raise UserError(f"text {source.text} has only {len(ids):,} tokens to train on; a window has {length:,}")
-    return np.array(ids[: whole * length], dtype=np.uint32).reshape(whole, length)
+    return np.frombuffer(ids, dtype=np.int32)[: whole * length].astype(np.uint32).reshape(whole, length)
 
 
 def _tokenised(pieces: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:

@@ -9,18 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import cattrs
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
 from ffn_fusion.core.curriculum import Curriculum, TrainingStage
-from ffn_fusion.core.heal_records import CheckUp, Measure, StageOutcome, TrainingPoint, best_of, regression
+from ffn_fusion.core.heal_records import CheckUp, Drawn, Measure, StageOutcome, TrainingPoint, best_of, regression
 from ffn_fusion.core.plan import Plan
 from ffn_fusion.folder import StageFolder
 from ffn_fusion.healing import checkpoints
-from ffn_fusion.healing.corpus import Corpus, build_corpus
+from ffn_fusion.healing.corpus import build_corpus, repeated
 from ffn_fusion.healing.domains import Answers, Domain, ask_parent
-from ffn_fusion.healing.feeds import LiveFeed, head_of, spans
+from ffn_fusion.healing.feeds import CachedFeed, Feed, LiveFeed, head_of, needs_parent, spans
 from ffn_fusion.healing.flops import matrix_flops, training_flops
 from ffn_fusion.healing.journal import Journal
 from ffn_fusion.healing.loop import Done, Objective, Training, evenly
@@ -28,6 +29,7 @@ from ffn_fusion.healing.ranks import Ranks
 from ffn_fusion.healing.sharded import Form, Model, load, write_weights
 from ffn_fusion.hf.model import PLAN_FILE, ModelFolder, copy_companions
 from ffn_fusion.hf.surgery import LAYER
+from ffn_fusion.hf.teacher_cache import TeacherCache
 from ffn_fusion.progress import track
 
 STUDENTS = "students"
@@ -51,6 +53,18 @@ class Pair:
         if stage.trains == "neighbours":
             found |= {i + step for i in found for step in (-1, 1)} & set(range(len(self.plan.blocks)))
         return frozenset(found)
+
+    def objective(self, stage: TrainingStage, compiled: bool = False) -> Objective:
+        return Objective(stage.losses, spans(self.plan), self.changed(stage) if stage.local else None, compiled)
+
+
+@dataclass(frozen=True)
+class Material:
+    """What is read: text by this tokenizer, or a cache of the parent's answers, and the domains."""
+
+    tokenizer: PreTrainedTokenizerBase
+    domains: list[Domain]
+    cache: TeacherCache | None = None
 
 
 @dataclass(frozen=True)
@@ -87,42 +101,32 @@ class Course:
     """The whole of a healing run on this rank."""
 
     def __init__(
-        self, pair: Pair, recipe: Curriculum, habits: Habits, domains: list[Domain], folder: StageFolder, ranks: Ranks
+        self, pair: Pair, recipe: Curriculum, habits: Habits, material: Material, folder: StageFolder, ranks: Ranks
     ) -> None:
-        self.pair, self.recipe, self.habits, self.domains = pair, recipe, habits, domains
+        self.pair, self.recipe, self.habits, self.material = pair, recipe, habits, material
         self.folder, self.ranks = folder, ranks
         self.progress = cattrs.structure(folder.load(PROGRESS) or {}, Progress)
         self.head = head_of(pair.parent, ranks.device, habits.dtype)
-        asks = any(stage.losses.against_parent or stage.losses.on_stream for stage in recipe.stages)
+        asks = any(map(needs_parent, recipe.stages))
         self.measure: Measure = "kl" if asks else "nll"
-        self.parent: Model | None = self._ask() if asks else None
+        self.parent = self._ask() if asks and material.cache is None else None
         self.answers = self._answers()
         self.journal = Journal(folder.path, self.progress.curve, ranks.is_first)
 
-    def run(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def run(self) -> None:
         """Go on from where `progress` is to the end, or to where a guard stops it."""
         for number in range(self.progress.stage, len(self.recipe.stages)):
-            stage = self.recipe.stages[number]
-            path = self.folder.state / f"tokens-{number}-{self.ranks.rank}.npy"
-            count = stage.num_steps * stage.windows_per_step
-            seed = self.habits.seed + number
-            corpus = build_corpus(self.recipe.sources(stage), tokenizer, stage.length, count, seed, path)
-            self._stage(number, stage, corpus)
-            path.unlink()
+            self._stage(number, self.recipe.stages[number])
             if self.progress.stopped:
                 break
 
-    def _stage(self, number: int, stage: TrainingStage, corpus: Corpus) -> None:
+    def _stage(self, number: int, stage: TrainingStage) -> None:
         progress, habits = self.progress, self.habits
         moving = self.pair.changed(stage)
-        objective = Objective(
-            stage.losses, spans(self.pair.plan), moving if stage.local else None, compiled=habits.compiled
-        )
+        objective = self.pair.objective(stage, habits.compiled)
+        feed, drawn = self._feed(number, stage, objective)
         form = Form(habits.dtype, habits.compiled, _chooser(stage, moving), habits.checkpointed)
         student = load(self.pair.student, self._config(number), form, self.ranks)
-        needs = stage.losses.against_parent or stage.losses.on_stream
-        parent = self.parent if needs else None
-        feed = LiveFeed(corpus, stage.losses, objective.asked, parent, self.head, self.ranks.device)
         training = Training(student, stage, objective, feed, self.ranks, habits.batch_size)
         if progress.checkpoint:
             own = training.optimizer if progress.step else None
@@ -132,7 +136,8 @@ class Course:
         self._train(number, stage, training, student)
         if progress.stopped:
             return
-        flops = training_flops(self.pair.parent if parent else None, self.pair.student, stage)
+        live = self.pair.parent if self.parent and needs_parent(stage) else None
+        flops = training_flops(live, self.pair.student, stage)
         speed = progress.step * stage.windows_per_step * stage.length / progress.seconds / self.ranks.size
         share = flops * speed / matrix_flops(habits.dtype, self.ranks.device) if flops else None
         outcome = StageOutcome(
@@ -144,11 +149,26 @@ class Course:
             round(progress.seconds, 2),
             share,
             _peak_memory(self.ranks.device),
-            corpus.drawn,
+            drawn,
         )
         progress.stages.append(outcome)
         progress.stage, progress.step, progress.seconds = number + 1, 0, 0.0
         self._save_progress()
+
+    def _feed(self, number: int, stage: TrainingStage, objective: Objective) -> tuple[Feed, list[Drawn]]:
+        """What the stage learns from, and where that comes from."""
+        count, seed = stage.num_steps * stage.windows_per_step, self.habits.seed + number
+        cache = self.material.cache
+        if cache:
+            order = repeated(count, cache.num_windows, np.random.default_rng(seed))
+            drawn = Drawn(str(cache.folder), count * stage.length, min(count, cache.num_windows) * stage.length)
+            return CachedFeed(cache, order, stage.losses, self.ranks.device), [drawn]
+        path = self.folder.state / f"tokens-{self.ranks.rank}.npy"
+        sources = self.recipe.sources(stage)
+        corpus = build_corpus(sources, self.material.tokenizer, stage.length, count, seed, path)
+        parent = self.parent if needs_parent(stage) else None
+        feed = LiveFeed(corpus, stage.losses, objective.asked, parent, self.head, self.ranks.device)
+        return feed, corpus.drawn
 
     def _train(self, number: int, stage: TrainingStage, training: Training, student: Model) -> None:
         progress = self.progress
@@ -232,11 +252,12 @@ class Course:
         return load(self.pair.parent, self.pair.parent.config, form, self.ranks).eval()
 
     def _answers(self) -> Answers:
+        domains = self.material.domains
         path = self.folder.state / f"answers-{self.ranks.rank}-of-{self.ranks.size}.safetensors"
-        hidden = load_file(path) if path.is_file() else ask_parent(self.domains, self.parent or self._ask(), self.ranks)
+        hidden = load_file(path) if path.is_file() else ask_parent(domains, self.parent or self._ask(), self.ranks)
         if not path.is_file():
             save_file(hidden, path)
-        return Answers(self.domains, hidden, self.head, self.ranks)
+        return Answers(domains, hidden, self.head, self.ranks)
 
     def _save_progress(self) -> None:
         if self.ranks.is_first:

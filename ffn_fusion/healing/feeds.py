@@ -3,15 +3,19 @@
 from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ffn_fusion.core.curriculum import TrainingStage
 from ffn_fusion.core.distill import Losses
 from ffn_fusion.core.plan import Plan
 from ffn_fusion.core.topk import TopK
+from ffn_fusion.errors import UserError
 from ffn_fusion.healing.corpus import Corpus
 from ffn_fusion.healing.sharded import Model, Pass
 from ffn_fusion.hf.model import ModelFolder
+from ffn_fusion.hf.teacher_cache import TeacherCache
 
 HEAD = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"
@@ -74,6 +78,41 @@ class LiveFeed:
         hidden = found.hidden.flatten(0, 1)
         predictions = (lambda place: self._head.logits(hidden[place])) if self._predicts else None
         return Batch(ids, predictions, found.streams)
+
+
+class CachedFeed:
+    """The parent answered before (`teach`): its windows are the text, and it is not in memory."""
+
+    def __init__(self, cache: TeacherCache, order: np.ndarray, losses: Losses, device: torch.device) -> None:
+        self._cache, self._order, self._device = cache, order, device
+        self._predicts = losses.against_parent
+
+    def batch(self, places: Sequence[int]) -> Batch:
+        cached = self._cache.read(self._order[list(places)].tolist())
+        top = TopK(*(part.flatten(0, 1).to(self._device) for part in cached.top))
+        predictions = (lambda place: TopK(*(part[place] for part in top))) if self._predicts else None
+        streams = {layer + 1: stream.to(self._device) for layer, stream in cached.streams.items()}
+        return Batch(cached.ids.to(self._device), predictions, streams)
+
+
+def needs_parent(stage: TrainingStage) -> bool:
+    """Whether a stage asks the parent for anything."""
+    return stage.losses.against_parent or stage.losses.on_stream
+
+
+def check_cache(cache: TeacherCache, stage: TrainingStage, asked: Collection[int]) -> None:
+    """`UserError` if the answers do not serve this stage; `asked` are the streams it compares."""
+    losses, name = stage.losses, f"stage {stage.name}"
+    if stage.length != cache.length:
+        raise UserError(f"{name} has windows of {stage.length:,} tokens, the cached answers of {cache.length:,}")
+    if losses.reverse_kl or losses.jsd:
+        raise UserError(f"{name}: reverse_kl and jsd need the live parent; cached answers are its likeliest tokens")
+    if losses.kl and losses.temperature != cache.temperature:
+        raise UserError(f"{name} has temperature {losses.temperature:g}, the cached answers {cache.temperature:g}")
+    missing = sorted(set(asked) - {layer + 1 for layer in cache.layers})
+    if missing:
+        layers = " ".join(str(stream - 1) if stream else "embeddings" for stream in missing)
+        raise UserError(f"{name} compares streams behind layers {layers}, which the cached answers lack")
 
 
 def spans(plan: Plan) -> list[tuple[int, int]]:

@@ -113,8 +113,8 @@ def _rows(cached: Cached, form: Form) -> Iterator[list[bytes]]:
 class TeacherCache:
     """Answers in a finished folder. Reading keeps no file open and no state, so that processes may share a cache."""
 
-    def __init__(self, folder: Path, answers: Answers) -> None:
-        self.folder, self._answers = folder, answers
+    def __init__(self, folder: Path, answers: Answers, sources: Sequence[str] = ()) -> None:
+        self.folder, self._answers, self.sources = folder, answers, tuple(sources)
         form = answers.form
         self.num_windows, self.length, self.k = answers.num_windows, form.length, form.k
         self.temperature, self.vocab_size = form.temperature, form.vocab_size
@@ -191,4 +191,4 @@ def open_cache(folder: Path, parent: ModelFolder, trust_remote_code: bool = Fals
         raise UserError(f"the answers in {folder} are those of another model, {result.parent}, not of {parent.folder}")
     if result.tokenizer_key != tokenizer_key(load_tokenizer(parent, trust_remote_code)):
         raise UserError(f"the answers in {folder} were given with another tokenizer than that in {parent.folder}")
-    return TeacherCache(folder, result.answers)
+    return TeacherCache(folder, result.answers, result.sample.sources if result.sample else ())

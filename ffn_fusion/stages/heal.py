@@ -15,14 +15,16 @@ from ffn_fusion.core.heal_records import HealResult, best_of
 from ffn_fusion.core.plan import Plan
 from ffn_fusion.errors import UserError
 from ffn_fusion.folder import Environment, Record, StageFolder, run_stage
-from ffn_fusion.healing.course import Course, Habits, Pair, finish
+from ffn_fusion.healing.course import Course, Habits, Material, Pair, finish
 from ffn_fusion.healing.domains import read_domains
+from ffn_fusion.healing.feeds import check_cache
 from ffn_fusion.healing.ranks import Ranks, joined
 from ffn_fusion.hf.checkpoint import fingerprint
 from ffn_fusion.hf.machine import pick_device, pick_dtype, where
 from ffn_fusion.hf.model import PLAN_FILE, ModelFolder
 from ffn_fusion.hf.provenance import texts_behind
 from ffn_fusion.hf.resolve import load_tokenizer, resolve_model
+from ffn_fusion.hf.teacher_cache import open_cache
 from ffn_fusion.settings import Above0, Machine, NotNegative, Positive, TwoOrMore
 
 RECIPES = files("ffn_fusion.healing") / "recipes"
@@ -39,6 +41,7 @@ def heal(
     text: tuple[str, ...] = (),
     column: str = "text",
     seed: int = 0,
+    teacher: Path | None = None,
     domain: tuple[str, ...] = (),
     domain_windows: TwoOrMore = 8,
     domain_length: TwoOrMore = 512,
@@ -74,6 +77,9 @@ def heal(
         Column of JSONL, parquet and Hub datasets, of text or of chats.
     seed
         Seed of the order of text.
+    teacher
+        Answers that `teach` left, in place of the live parent; their windows are then the text, and the parent is in
+        memory only to answer on the domains once.
     domain
         A held-out domain, NAME=TEXT, in place of the recipe's; again for each.
     domain_windows
@@ -105,6 +111,9 @@ def heal(
         raise UserError("gradients leave the range of float16; use --dtype bf16 or fp32")
     compiled = pick_device(machine).type == "cuda" if compile is None else compile
     habits = Habits(dtype, machine.batch_size, check_ups, save_every, patience, compiled, checkpoint_activations, seed)
+    cache = open_cache(teacher, source, machine.trust_remote_code) if teacher else None
+    for stage in recipe.stages:
+        check_cache(cache, stage, pair.objective(stage).asked) if cache else None
     domains = read_domains(recipe.domains, tokenizer, domain_windows, domain_length, column)
     texts = {source.text for stage in recipe.stages for source in recipe.sources(stage)}
     inputs = {
@@ -112,6 +121,7 @@ def heal(
         "student": target.fingerprint,
         "recipe": asdict(recipe),
         "text": {name: _state_of(name) for name in sorted(texts)},
+        "teacher": str(fingerprint(sorted(teacher.glob("*")))) if teacher else None,
         "domains": {each.name: each.digest for each in domains},
         "dtype": str(dtype),
         "seed": seed,
@@ -120,9 +130,9 @@ def heal(
     }
 
     def work(folder: StageFolder, ranks: Ranks) -> tuple[HealResult, Environment]:
-        course = Course(pair, recipe, habits, domains, folder, ranks)
+        course = Course(pair, recipe, habits, Material(tokenizer, domains, cache), folder, ranks)
         try:
-            course.run(tokenizer)
+            course.run()
         except torch.OutOfMemoryError:
             raise UserError(
                 f"the device's memory is full with {machine.batch_size} windows at once; lower --batch-size, give "
@@ -144,7 +154,7 @@ def heal(
             curve=progress.curve,
             best=best,
             stopped=progress.stopped,
-            earlier_texts=texts_behind(target),
+            earlier_texts=[*texts_behind(target), *(cache.sources if cache else ())],
         )
         return result, where(machine, dtype)
 

@@ -120,9 +120,8 @@ class Course:
     def run(self) -> None:
         """Go on from where `progress` is to the end, or to where a guard stops it."""
         for number in range(self.progress.stage, len(self.recipe.stages)):
-            self._stage(number, self.recipe.stages[number])
-            if self.progress.stopped:
-                break
+            if not self.progress.stopped:
+                self._stage(number, self.recipe.stages[number])
 
     def _stage(self, number: int, stage: TrainingStage) -> None:
         progress, habits = self.progress, self.habits

@@ -4,21 +4,36 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from cyclopts import Parameter
 
 from ffn_fusion.core.plan import Plan
 from ffn_fusion.errors import UserError
 from ffn_fusion.hf.machine import pick_device, pick_dtype
 from ffn_fusion.hf.model import ModelFolder
 from ffn_fusion.hf.resolve import resolve_model
-from ffn_fusion.settings import Blocks, Budget, Fusion, Limits, Machine, NotNegative, Positive, Space, Text, TwoOrMore
+from ffn_fusion.settings import (
+    Above0,
+    Blocks,
+    Budget,
+    Fusion,
+    Limits,
+    Machine,
+    NotNegative,
+    Positive,
+    Space,
+    Text,
+    TwoOrMore,
+)
 from ffn_fusion.stages.analyze import analyze
 from ffn_fusion.stages.bench import bench
 from ffn_fusion.stages.bld import bld
 from ffn_fusion.stages.cost import cost
 from ffn_fusion.stages.evaluate import HELD_OUT, evaluate
 from ffn_fusion.stages.fuse import fuse
+from ffn_fusion.stages.heal import heal
 from ffn_fusion.stages.report import report
 from ffn_fusion.stages.score import changes_of, score
 from ffn_fusion.stages.search import given_plans, search
@@ -37,6 +52,8 @@ def run(
     library: Path | None = None,
     bld_epochs: NotNegative = 0,
     bld_windows: TwoOrMore = 256,
+    heal_by: Annotated[str | None, Parameter(name="--heal")] = None,
+    heal_scale: Above0 = 1.0,
     windows: Positive = 8,
     fit_windows: TwoOrMore = 64,
     eval_text: tuple[str, ...] = HELD_OUT.text,
@@ -50,7 +67,7 @@ def run(
     text: Text = Text(),  # noqa: B008
     machine: Machine = Machine(),  # noqa: B008
 ) -> str:
-    """Turn a model into a fused one: analyze, score, cost, search, fuse, eval, bench and report, with one dial.
+    """Turn a model into a fused one: analyze, score, cost, search, fuse, heal, eval, bench and report, with one dial.
 
     The dial is --speedup, --latency-ms, --memory-gb or another limit of the hardware; or --remove-attention, --max-kl,
     --plan or --start, which need no costs. Stages that are done are not done again; the student is in OUT/student, the
@@ -77,6 +94,10 @@ def run(
         of memory.
     bld_windows
         Windows of calibration text for that.
+    heal_by
+        Also train the student back to its parent by this recipe of `heal` (quick, local-first, or a file), on --text.
+    heal_scale
+        Times as many tokens as that recipe says.
     windows
         Windows of calibration text that scores are measured on.
     fit_windows
@@ -133,7 +154,7 @@ def run(
     else:
         found = searching(analysis=out / "analysis", plan=plan, start=start)
     best = Plan.parse(found.result.plan)
-    student = out / "student"
+    student = out / ("fused" if heal_by else "student")
     # The text for all of them: channels are chosen by it where the plan cuts FFNs.
     build = partial(fuse, model, fit_windows=fit_windows, text=text, machine=machine)
     if bld_epochs and best != parent.plan:
@@ -156,6 +177,20 @@ def run(
         build(plan=str(best.unfused()), out=unfused, fusion=PLAIN)
         build(plan=str(best), out=plain, fusion=replace(PLAIN, norm=fusion.norm))
         students = [unfused, plain, student]
+    if heal_by:
+        student = out / "student"
+        heal(
+            model,
+            str(out / "fused"),
+            out=student,
+            stages=heal_by,
+            scale=heal_scale,
+            text=text.text,
+            column=text.column,
+            seed=text.seed,
+            machine=machine,
+        )
+        students.append(student)
     held_out = replace(HELD_OUT, text=eval_text, column=text.column, seed=text.seed)
     scored = evaluate(
         model, *map(str, students), out=out / "eval", windows=eval_windows, text=held_out, machine=machine

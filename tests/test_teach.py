@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -42,6 +41,24 @@ TEMPLATE = (
     "<s>{% for m in messages %}{{ '[U]' if m.role == 'user' else '[A]' }}{{ m.content }}</s>{% endfor %}"
     "{% if add_generation_prompt %}[A]{% endif %}"
 )
+KILLED = f"""
+import os, signal
+from ffn_fusion import cli
+from ffn_fusion.folder import StageFolder
+from ffn_fusion.hf import teacher_cache
+
+save = StageFolder.save
+
+def save_and_die(folder, name, data):
+    save(folder, name, data)
+    if name == "shards.json":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+StageFolder.save = save_and_die
+teacher_cache.SHARD_BYTES = {SMALL_SHARD}
+cli.main()
+"""
+"""The command line, killed when the first shard is there."""
 WRITING = Writing(write=12, max_new_tokens=40, prompt_temperature=6.0, answer_temperature=6.0)
 """Hot enough for the tiny model to say something else each time, and to come to an end now and then."""
 GREEDY = Writing(write=24, max_new_tokens=30, top_p=1e-9)
@@ -236,30 +253,25 @@ def test_memory_holds_the_answers_of_one_batch(
     assert max(held) <= 1
 
 
-def test_a_killed_run_continues_and_gives_the_same_shards(taught: Path, tiny_parent: Parent, text: Text) -> None:
-    code = "import sys; from ffn_fusion import cli; from ffn_fusion.hf import teacher_cache as t; "
-    code += f"t.SHARD_BYTES = {SMALL_SHARD}; cli.main()"
-    out = taught.parent / "killed"
-    command = [sys.executable, "-c", code, "teach", str(tiny_parent("llama")), "--out", str(out)]
+def test_a_killed_run_continues_and_gives_the_same_shards(
+    taught: Path, tiny_parent: Parent, text: Text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, partial = tmp_path / "a", tmp_path / ".a.partial"
+    command = [sys.executable, "-c", KILLED, "teach", str(tiny_parent("llama")), "--out", str(out)]
     command += ["--text", text.text[0], "--length", str(LENGTH), "--windows", "18", "--top-k", str(K)]
     command += [option for layer in LAYERS for option in ("--hidden", str(layer))]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    partial = out.parent / ".killed.partial"
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment)
-    while process.poll() is None and not (partial / SHARD.format(0)).exists():
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    done = subprocess.run(command, check=False, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == -signal.SIGKILL
     assert not out.exists()
-    before = (partial / SHARD.format(0)).stat().st_mtime_ns
-    known = (partial / "state" / "shards.json").exists()
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-    assert "taking up" in done.stderr
+    first = partial / SHARD.format(0)
+    before = first.stat().st_mtime_ns
+    assert list(partial.glob("shard-*")) == [first]
+    monkeypatch.setattr(teacher_cache, "SHARD_BYTES", SMALL_SHARD)
+    result = give(tiny_parent, text, out)
     for number in range(3):
         assert (out / SHARD.format(number)).read_bytes() == (taught / SHARD.format(number)).read_bytes()
-    assert read_record(out, TeachResult).result == read_record(taught, TeachResult).result
-    if known:
-        assert (out / SHARD.format(0)).stat().st_mtime_ns == before, "finished shards are not made again"
+    assert result == read_record(taught, TeachResult).result
+    assert (out / SHARD.format(0)).stat().st_mtime_ns == before, "finished shards are not made again"
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from shutil import copytree
 
 import pytest
 import torch
-from conftest import VOCAB_SIZE, save_tiny_parent, tiny_tokenizer
+from conftest import SPECIAL, VOCAB_SIZE, save_tiny_parent, tiny_tokenizer
 from reference import one_line
 from texts import write_text
 from tokenizers import Tokenizer
@@ -29,7 +29,7 @@ from ffn_fusion.hf.model import ModelFolder
 from ffn_fusion.hf.probe import record
 from ffn_fusion.hf.teacher_cache import SHARD, Cached, TeacherCache, ask, open_cache, write_shard
 from ffn_fusion.hf.text import read_windows
-from ffn_fusion.settings import Text, Writing
+from ffn_fusion.settings import Machine, Text, Writing
 from ffn_fusion.stages import teach as stage
 from ffn_fusion.stages.teach import TEXT, teach
 
@@ -286,7 +286,9 @@ def chatty(tiny_parent: Parent, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def write(parent: Path, out: Path, writing: Writing = WRITING, **options: object) -> TeachResult:
-    return teach(str(parent), out=out, writing=writing, **({"windows": 0} | options)).result  # type: ignore[arg-type]
+    return teach(
+        str(parent), out=out, writing=writing, **({"windows": 0, "machine": Machine(batch_size=24)} | options)
+    ).result  # type: ignore[arg-type]
 
 
 def rows(out: Path) -> list[dict[str, object]]:
@@ -319,13 +321,13 @@ def test_a_parent_writes_conversations_in_its_template(written: Path) -> None:
         assert (user, assistant) == ("user", "assistant")
         assert str(row["text"]).startswith(f"<s>[U]{prompt}</s>[A]")
         tail = str(row["text"]).removeprefix(f"<s>[U]{prompt}</s>[A]").removesuffix("</s>")
-        assert "</s>" not in tail
-        assert "".join(tail.split("<pad>")).replace("<s>", "").replace("<unk>", "").strip() == answer
+        assert tail.strip() == answer
+        assert not any(token in tail for token in ("<s>", "</s>", "<pad>")), "nobody speaks out of turn"
     ended = [row for row in documents if str(row["text"]).endswith("</s>")]
     assert 0 < len(ended) < 12, "an answer that was cut has no end"
     rejected = sum(result.written.rejected.values())
     assert result.written.share_rejected == rejected / (12 + rejected)
-    assert "unfinished" in result.written.rejected
+    assert "out of turn" in result.written.rejected
     assert "12 conversations" in result.summary()
 
 
@@ -337,14 +339,14 @@ def test_prompts_and_answers_are_the_parents_own_likeliest_words(chatty: Path) -
     def slow(head: str) -> str:
         ids = tokenizer(head, add_special_tokens=False)["input_ids"]
         start = len(ids)
-        while len(ids) < start + 30 and ids[-1] != 2:
+        while len(ids) < start + 30 and ids[-1] >= len(SPECIAL):
             ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
-        return tokenizer.decode(ids[start:])
+        return tokenizer.decode(ids[start:], skip_special_tokens=True)
 
     heads = ["<s>[U]Stone?</s>[A]", "<s>[U]Over the quiet river?</s>[A]", "<s>[U]"]
     with torch.no_grad():
-        expected = [slow(head).removesuffix("</s>") for head in heads]
-    assert [said.raw for said in writer._write(heads, 1.0, writer._answer_end)] == expected
+        expected = [slow(head) for head in heads]
+    assert [said.text for said in writer._write(heads, 1.0, writer._answer_end)] == expected
 
 
 def test_a_model_without_template_writes_documents(tiny_parent: Parent, tmp_path: Path) -> None:
@@ -403,7 +405,7 @@ def test_what_is_of_no_use_is_rejected_and_counted(chatty: Path, monkeypatch: py
         found = []
         for text, finished in next(calls):
             fault = "repeating itself" if repeats(text.split()) else None if any(map(str.isalnum, text)) else "empty"
-            found.append(author._Said(text, text, finished, fault))
+            found.append(author._Said(text, finished, fault))
         return found
 
     monkeypatch.setattr(writer, "_write", written_for)

@@ -82,7 +82,7 @@ class Writing:
         Share of the probability that tokens are sampled from.
     """
 
-    write: NotNegative = 0
+    write: Positive | None = None
     max_new_tokens: Positive = 512
     prompt_temperature: Above0 = 1.0
     answer_temperature: Above0 = 0.7

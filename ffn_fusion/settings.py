@@ -220,7 +220,7 @@ class Limits:
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class Tasks:
-    """Benchmark tasks of `eval` (docs/evaluation.md lists them).
+    """Benchmark tasks (docs/evaluation.md lists them); `score` takes those whose answers are offered.
 
     Parameters
     ----------
@@ -228,15 +228,13 @@ class Tasks:
         Tasks, comma-separated: quick, paper, commonsense; any task, group or task file of lm-evaluation-harness;
         mt_bench, arena_hard, agreement; niah_single@4096, niah_multikey@4096, vt@4096, at any length.
     limit
-        First items of each task only.
+        First items of each task only; `score` takes 100 without it.
     num_fewshot
         Examples shown before each item of the harness' tasks; without it, the customary number.
     chat
         Put items to the model through its chat template: where that is customary, always, or never.
     data
         Your own data, TASK=FILE or TASK=FOLDER of files named by split (JSONL, parquet, arrow); again for each task.
-    fitted_on
-        More text that a student was fitted to, to look for the items in; what `fuse` used is known.
     """
 
     tasks: tuple[str, ...] = ()
@@ -244,7 +242,6 @@ class Tasks:
     num_fewshot: NotNegative | None = None
     chat: Literal["auto", "always", "never"] = "auto"
     data: tuple[str, ...] = ()
-    fitted_on: tuple[str, ...] = ()
 
 
 @Parameter(name="*")

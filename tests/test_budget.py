@@ -39,7 +39,7 @@ def scored(parent: Plan, ledger: Ledger, sizes: Sizes) -> Scores:
     ]
     deviations = rng.normal(size=(len(found), 9)) + rng.normal(size=9)
     deviations *= (np.sqrt([2 * score.kl.mean for score in found]) / np.linalg.norm(deviations, axis=1))[:, None]
-    return Scores(found, deviations @ deviations.T)
+    return Scores(found, np.array([score.kl.mean for score in found]), deviations @ deviations.T)
 
 
 def ledger_of(parent: Plan) -> Ledger:

@@ -207,7 +207,7 @@ def test_a_killed_search_measures_nothing_again(bench: Bench, tmp_path: Path, mo
     options = ["--speedup", 1.4, "--trials", 3]
     whole = bench.search(tmp_path / "whole", *options)
     measured: list[str] = []
-    measure = Meter.fused
+    measure = Meter.rises
 
     def killed(self: Meter, plan: Plan) -> object:
         measured.append(str(plan))
@@ -215,7 +215,7 @@ def test_a_killed_search_measures_nothing_again(bench: Bench, tmp_path: Path, mo
             raise KeyboardInterrupt
         return measure(self, plan)
 
-    monkeypatch.setattr(Meter, "fused", killed)
+    monkeypatch.setattr(Meter, "rises", killed)
     assert bench.call(tmp_path / "search", *options) == 130
     again = bench.search(tmp_path / "search", *options)
     assert measured[2:] == [measured[2]] * 2

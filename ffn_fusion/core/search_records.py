@@ -13,8 +13,8 @@ INTERACTIONS = "interactions.safetensors"
 
 Objective = Literal["kl", "nll", "task"]
 """What a search makes as small as it can; also the name of its field in `Rises` and `ChangeScore`."""
-GOALS: dict[Objective, str] = {"kl": "KL", "nll": "rise of the LM loss", "task": "rise of the answers' loss"}
-"""The objectives in words."""
+GOALS: dict[Objective, str] = {"kl": "KL", "nll": "LM loss", "task": "loss of answers"}
+"""The objectives in words; of a loss it is the rise that counts."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ class SearchResult:
             measured = f", {self.parent_measured_ms.ms:.3f} measured" if self.parent_measured_ms else ""
             lines.append(f"parent: decode {self.parent_ms:.3f} ms by the cost table{measured}")
         if self.objective != "kl":
-            lines.append(f"goal: {GOALS[self.objective]}")
+            lines.append(f"goal: least rise of the {GOALS[self.objective]}")
         for target in dict.fromkeys(candidate.target for candidate in self.candidates):
             lines.append(f"{target}:")
             lines += [f"  {candidate}" for candidate in self.candidates if candidate.target == target]

@@ -8,11 +8,24 @@ from pathlib import Path
 import torch
 
 from ffn_fusion.core.plan import Plan
+from ffn_fusion.core.search_records import Objective
 from ffn_fusion.errors import UserError
 from ffn_fusion.hf.machine import pick_device, pick_dtype
 from ffn_fusion.hf.model import ModelFolder
 from ffn_fusion.hf.resolve import resolve_model
-from ffn_fusion.settings import Blocks, Budget, Fusion, Limits, Machine, NotNegative, Positive, Space, Text, TwoOrMore
+from ffn_fusion.settings import (
+    Blocks,
+    Budget,
+    Fusion,
+    Limits,
+    Machine,
+    NotNegative,
+    Positive,
+    Space,
+    Tasks,
+    Text,
+    TwoOrMore,
+)
 from ffn_fusion.stages.analyze import analyze
 from ffn_fusion.stages.bench import bench
 from ffn_fusion.stages.bld import bld
@@ -21,7 +34,7 @@ from ffn_fusion.stages.evaluate import HELD_OUT, evaluate
 from ffn_fusion.stages.fuse import fuse
 from ffn_fusion.stages.report import report
 from ffn_fusion.stages.score import changes_of, score
-from ffn_fusion.stages.search import given_plans, search
+from ffn_fusion.stages.search import check_objective, given_plans, search
 
 PLAIN = Fusion(calibrate="none")
 
@@ -34,6 +47,7 @@ def run(
     start: str | None = None,
     costs: Path | None = None,
     force_costs: bool = False,
+    objective: Objective = "kl",
     library: Path | None = None,
     bld_epochs: NotNegative = 0,
     bld_windows: TwoOrMore = 256,
@@ -46,6 +60,7 @@ def run(
     limits: Limits = Limits(),  # noqa: B008, frozen
     budget: Budget = Budget(),  # noqa: B008
     space: Space = Space(),  # noqa: B008
+    tasks: Tasks = Tasks(),  # noqa: B008
     fusion: Fusion = Fusion(),  # noqa: B008
     text: Text = Text(),  # noqa: B008
     machine: Machine = Machine(),  # noqa: B008
@@ -70,6 +85,9 @@ def run(
         Costs that `cost` measured on another machine, to search for that one; without it, they are measured here.
     force_costs
         Use costs of another device or dtype; the result says so.
+    objective
+        What to lose least of within a hardware budget: KL to the parent, the LM loss, or with --tasks the loss of right
+        answers. Tasks that the search goes by say less about the student afterwards.
     library
         Trained blocks to build with, a folder that `bld` made of the same parent.
     bld_epochs
@@ -96,6 +114,9 @@ def run(
         )
     parent = resolve_model(model)
     given_plans(parent, plan, start, budget, limits)
+    check_objective(objective, limits)
+    if (objective == "task") != bool(tasks.tasks):
+        raise UserError("--objective task and --tasks go together; give both or neither")
     num_changes = len(changes_of(parent, space)) if limits.given else 0
     if dry_run:
         return forecast(parent, windows, fit_windows, text, eval_windows, steps, machine, num_changes)
@@ -122,6 +143,7 @@ def run(
             windows=windows,
             fit_windows=few,
             space=space,
+            tasks=tasks,
             fusion=fusion,
             text=text,
             machine=machine,
@@ -129,7 +151,7 @@ def run(
         if costs is None:
             costs = out / "costs"
             cost(model, out=costs, device=machine.device, dtype=machine.dtype)
-        found = searching(scores=scores, costs=costs, force_costs=force_costs, limits=limits)
+        found = searching(scores=scores, costs=costs, force_costs=force_costs, objective=objective, limits=limits)
     else:
         found = searching(analysis=out / "analysis", plan=plan, start=start)
     best = Plan.parse(found.result.plan)

@@ -85,6 +85,7 @@ def search(
     """
     parent = resolve_model(model)
     given, begun = given_plans(parent, plan, start, budget, limits)
+    check_objective(objective, limits)
     greedy.check_grouping(grouping, budget, given, parent)
     setup = set_up(parent, library, windows, fit_windows, fusion=fusion, text=text, machine=machine)
     inputs = setup.inputs | {
@@ -115,8 +116,6 @@ def search(
                 from ffn_fusion.tasks.quiz import Quiz  # an extra, and slow to import
             ask = Quiz.again(known.inputs, setup.tokenizer)
     else:
-        if objective != "kl":
-            raise UserError(f"--objective {objective} is for a hardware budget, such as --speedup; the rest goes by KL")
         analysed = _analysis(_needed(analysis, "--analysis", "analyze"), parent)
         inputs |= {"analysis": analysed.sample.digest}
         within = partial(greedy.search_greedily, analysed, budget, grouping, given, begun)
@@ -152,6 +151,12 @@ def given_plans(
         )
     given, begun = (None if text is None else read_plan(text, parent) for text in (plan, start))
     return given, begun.unfused() if begun else None
+
+
+def check_objective(objective: Objective, limits: Limits) -> None:
+    """`UserError` if a search that knows no other goal than the KL is to have one."""
+    if objective != "kl" and not limits.given:
+        raise UserError(f"--objective {objective} is for a hardware budget, such as --speedup; the rest goes by KL")
 
 
 def _needed(folder: Path | None, option: str, verb: str) -> Path:

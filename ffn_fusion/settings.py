@@ -1,7 +1,7 @@
 """Options that several verbs share. Each field is an option of the command line and an argument of the Python API."""
 
-from dataclasses import dataclass, fields
-from typing import Annotated, Literal
+from dataclasses import asdict, dataclass, fields
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 from cyclopts.validators import Number
@@ -84,7 +84,7 @@ class Space:
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class Fusion:
-    """How FFNs are fused.
+    """How FFNs are fused and made narrower.
 
     Parameters
     ----------
@@ -92,10 +92,21 @@ class Fusion:
         "folded" keeps each member's norm gain, "last" uses the last member's norm for all (the paper's rule).
     calibrate
         Refit the down projections of changed blocks to the parent's own stream, to the unfused run, or not at all.
+    channel_steps
+        Steps in which channels of a narrower FFN are chosen; what those that are left contribute is measured in each.
     """
 
     norm: Literal["folded", "last"] = "folded"
     calibrate: Literal["parent", "unfused", "none"] = "parent"
+    channel_steps: Positive = 1
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What a stage's inputs say of it; a single step is left out, so that results from before stay valid."""
+        said = asdict(self)
+        if self.channel_steps == 1:
+            del said["channel_steps"]
+        return said
 
 
 @Parameter(name="*")

@@ -155,7 +155,9 @@ class Meter:
         if missing:
             self._walk.enter(self._fit[: self.batch_size])
         for layer in missing:
-            self._contributions[layer] = contribution_of(self._walk, self._fit_streams[layer].clone(), layer)
+            self._contributions[layer] = contribution_of(
+                self._walk, self._fit_streams[layer].clone(), layer, self.fusion.channel_steps
+            )
         return {layer: kept_channels(self._contributions[layer], width) for layer, width in plan.widths.items()}
 
     @cached_property

@@ -1,6 +1,6 @@
 """What it takes to measure plans: a parent, its texts, trained blocks. Nothing is loaded before `meter`."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ class Setup:
         return {
             "model": self.parent.fingerprint,
             "text": [self.measured.sample.digest, self.fit.sample.digest],
-            "fusion": asdict(self.fusion),
+            "fusion": self.fusion.inputs,
             "dtype": str(self.dtype),
             # Left out, so that results from before there were any stay valid.
             **({"library": self.library.fingerprint} if self.library else {}),
@@ -58,7 +58,7 @@ def set_up(
     machine: Machine,
 ) -> Setup:
     """The windows of text to measure and to fit on, and the trained blocks in the folder `library`."""
-    trained = open_library(library, parent, fusion.norm)
+    trained = open_library(library, parent, fusion.norm, fusion.channel_steps)
     tokenizer = load_tokenizer(parent, machine.trust_remote_code)
     measured = read_windows(text, tokenizer, windows, "measure")
     fit = read_windows(text, tokenizer, fit_windows, "fit")

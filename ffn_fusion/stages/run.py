@@ -166,6 +166,7 @@ def run(
             library=start_from,
             blocks=Blocks(plan=str(best)),
             norm=fusion.norm,
+            channel_steps=fusion.channel_steps,
             windows=bld_windows,
             epochs=bld_epochs,
             text=text,
@@ -175,8 +176,9 @@ def run(
     students = [student]
     if steps:
         unfused, plain = out / "steps" / "attention-removed", out / "steps" / "fused-not-calibrated"
-        build(plan=str(best.unfused()), out=unfused, fusion=PLAIN)
-        build(plan=str(best), out=plain, fusion=replace(PLAIN, norm=fusion.norm))
+        apart = replace(PLAIN, channel_steps=fusion.channel_steps)
+        build(plan=str(best.unfused()), out=unfused, fusion=apart)
+        build(plan=str(best), out=plain, fusion=replace(apart, norm=fusion.norm))
         students = [unfused, plain, student]
     held_out = replace(HELD_OUT, text=eval_text, column=text.column, seed=text.seed)
     scored = evaluate(

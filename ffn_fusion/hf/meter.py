@@ -73,7 +73,7 @@ class Meter:
         """Loss of the parent, summed over the tokens of each window."""
         self.references, self.nll = self.halving(self._predictions)
         self.ask = ask
-        self.answers = ask(model) if ask else None
+        self.answers = self.halving(lambda: ask(model)) if ask else None
         """The parent's own."""
 
     @property

@@ -119,7 +119,8 @@ def run(
         raise UserError("--objective task and --tasks go together; give both or neither")
     num_changes = len(changes_of(parent, space)) if limits.given else 0
     if dry_run:
-        return forecast(parent, windows, fit_windows, text, eval_windows, steps, machine, num_changes)
+        told = forecast(parent, windows, fit_windows, text, eval_windows, steps, machine, num_changes)
+        return told + "\nquestions of --tasks come on top of score and search" * bool(tasks.tasks)
     analyze(model, out=out / "analysis", windows=windows, text=text, machine=machine)
     few = min(16, fit_windows)
     searching = partial(

@@ -94,15 +94,17 @@ class FitSummary:
 
 @dataclass(frozen=True)
 class CutSummary:
-    """An FFN made narrower: the channels kept, of how many, and their share of the contribution of all (Puzzle)."""
+    """An FFN made narrower: the channels kept, of how many, and their share of the contribution of all (Puzzle);
+    chosen in several steps, channels have places and no such share."""
 
     layer: int
     width: int
     parent_width: int
-    share: float
+    share: float | None
 
     def __str__(self) -> str:
-        return f"F{self.layer}: {self.width:,} of {self.parent_width:,} channels, {self.share:.1%} of the contribution"
+        share = "" if self.share is None else f", {self.share:.1%} of the contribution"
+        return f"F{self.layer}: {self.width:,} of {self.parent_width:,} channels{share}"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from ffn_fusion.core.engine_records import ExportResult, SpeculateResult
 from ffn_fusion.core.heal_records import HealResult
 from ffn_fusion.core.plan import Plan
 from ffn_fusion.core.records import AnalyzeResult, BenchResult, EvalResult, FuseResult, Sample
-from ffn_fusion.core.search_records import ScoreResult, SearchResult
+from ffn_fusion.core.search_records import GOALS, ScoreResult, SearchResult
 from ffn_fusion.errors import UserError
 from ffn_fusion.folder import RECORD, Record, read_record
 
@@ -67,9 +67,11 @@ class Comparison:
         rules = [_rule(entry) for entry in self.entries]
         found = []
         for entry, rule in sorted(zip(self.entries, rules, strict=True), key=lambda pair: _rank(pair[1])):
+            result = entry.result
             name = METHODS.get(rule, rule)
+            name += f" by {GOALS[result.objective]}" if result.objective != "kl" else ""
             name += f", {entry.folder}" if rules.count(rule) > 1 else ""
-            found.append(Series(name, entry.result.candidates, entry.result.parent_measured_ms))
+            found.append(Series(name, result.candidates, result.parent_measured_ms, result.objective))
         return found
 
     @property

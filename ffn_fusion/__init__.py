@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ffn_fusion.core.plan import Attention, Block, Ffn, Plan
     from ffn_fusion.errors import UserError
-    from ffn_fusion.settings import Blocks, Budget, Fusion, Judging, Limits, Machine, Space, Tasks, Text
+    from ffn_fusion.settings import Blocks, Budget, Fusion, Judging, Limits, Machine, Space, Tasks, Text, Tuning
+    from ffn_fusion.stages.align import align
     from ffn_fusion.stages.analyze import analyze
     from ffn_fusion.stages.bench import bench
     from ffn_fusion.stages.bld import bld
@@ -39,7 +40,9 @@ __all__ = [
     "Space",
     "Tasks",
     "Text",
+    "Tuning",
     "UserError",
+    "align",
     "analyze",
     "bench",
     "bld",
@@ -56,7 +59,7 @@ __all__ = [
 _MODULES = {
     "core.plan": ("Attention", "Block", "Ffn", "Plan"),
     "errors": ("UserError",),
-    "settings": ("Blocks", "Budget", "Fusion", "Judging", "Limits", "Machine", "Space", "Tasks", "Text"),
+    "settings": ("Blocks", "Budget", "Fusion", "Judging", "Limits", "Machine", "Space", "Tasks", "Text", "Tuning"),
 }
 
 

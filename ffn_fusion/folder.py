@@ -125,6 +125,11 @@ def run_stage(
     return record
 
 
+def state_of(out: Path) -> Path:
+    """Where a stage that works on `out` keeps what it needs to be taken up again, for the other ranks of a training."""
+    return _partial_path(out) / STATE
+
+
 def read_record(folder: Path, result_type: type[T]) -> Record[T]:
     """The typed record of a finished stage; `UserError` if the folder holds none."""
     path = folder / RECORD
@@ -139,7 +144,7 @@ def read_record(folder: Path, result_type: type[T]) -> Record[T]:
 def _finished(stage: str, out: Path, inputs: dict[str, Any], result_type: type[T]) -> Record[T]:
     if not (out / RECORD).is_file():
         raise UserError(f"{out} exists and was not made by this command; choose another --out")
-    made_by = _stage_of(out)
+    made_by = stage_of(out)
     if made_by != stage:
         raise UserError(f"{out} holds the result of '{made_by}'; choose another --out for '{stage}'")
     record = read_record(out, result_type)
@@ -152,7 +157,7 @@ def _finished(stage: str, out: Path, inputs: dict[str, Any], result_type: type[T
     return record
 
 
-def _stage_of(out: Path) -> str:
+def stage_of(out: Path) -> str:
     """The stage that a finished folder is of, before its result is read as that stage's."""
     try:
         return str(json.loads((out / RECORD).read_text(encoding="utf-8"))["stage"])

@@ -16,7 +16,7 @@ from ffn_fusion.core.losses import kl_to, nll, reference
 from ffn_fusion.core.records import EvalResult, FuseResult, ModelScore
 from ffn_fusion.core.stats import estimate
 from ffn_fusion.errors import UserError
-from ffn_fusion.folder import RECORD, Environment, Record, StageFolder, read_record, run_stage
+from ffn_fusion.folder import RECORD, Environment, Record, StageFolder, read_record, run_stage, stage_of
 from ffn_fusion.hf.machine import device_map, pick_dtype, where
 from ffn_fusion.hf.model import ModelFolder
 from ffn_fusion.hf.resolve import labels, load_tokenizer, resolve_model
@@ -128,7 +128,7 @@ def _fitted_on(students: Sequence[ModelFolder]) -> list[str]:
     """Texts that students were calibrated on, by their own records."""
     sources: list[str] = []
     for student in students:
-        if (student.folder / RECORD).is_file():
+        if (student.folder / RECORD).is_file() and stage_of(student.folder) == "fuse":
             sample = read_record(student.folder, FuseResult).result.sample
             sources += sample.sources if sample else []
     return sources

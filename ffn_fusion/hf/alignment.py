@@ -20,6 +20,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from ffn_fusion.core.align_records import Course, StepLoss
 from ffn_fusion.errors import UserError
+from ffn_fusion.hf.model import quiet_transformers
 from ffn_fusion.hf.records import IGNORED, Example
 from ffn_fusion.progress import track
 
@@ -51,7 +52,7 @@ def train(
 
     Under torchrun every rank calls this; the first one writes.
     """
-    with warnings.catch_warnings():
+    with quiet_transformers(), warnings.catch_warnings():
         # Names that transformers 5.17 needs and 5.23 has others for.
         warnings.simplefilter("ignore", FutureWarning)
         return _train(model, tokenizer, examples, course, state)

@@ -30,6 +30,7 @@ from ffn_fusion.settings import Machine, Tuning, TwoOrMore
 if TYPE_CHECKING:
     from ffn_fusion.hf.alignment import Trained
 
+LENGTH = 1024
 LEARNING_RATES = {"sft": 2e-5, "dpo": 1e-6}
 LORA_FASTER = 10
 """Times the learning rate with adapters, which start from nothing."""
@@ -42,7 +43,7 @@ def align(
     data: tuple[Path, ...],
     out: Path,
     hold_out: Annotated[float, Parameter(validator=Number(gt=0, lt=1))] = 0.1,
-    length: TwoOrMore = 1024,
+    length: TwoOrMore | None = None,
     seed: int = 0,
     tuning: Tuning = Tuning(),  # noqa: B008, frozen
     machine: Machine = Machine(),  # noqa: B008
@@ -65,13 +66,17 @@ def align(
     hold_out
         Share of the prompts that is never trained on.
     length
-        Longest record, in tokens; longer ones are left out and counted.
+        Longest record, in tokens; longer ones are left out and counted. Without it, 1,024 or the model's context.
     seed
         Seed that chooses the held-out records, the order of the others, and adapters.
     """
     source = resolve_model(model)
     dtype = pick_dtype(machine, source.checkpoint)
-    _check(source, dtype, length, machine)
+    context = int(source.config.max_position_embeddings)
+    length = length or min(LENGTH, context)
+    if length > context:
+        raise UserError(f"--length {length:,} is longer than the model's context of {context:,} tokens")
+    _check(dtype, machine)
     machine = _own_device(machine)
     tokenizer = load_tokenizer(source, machine.trust_remote_code)
     found = read_examples(data, method, tokenizer)
@@ -82,6 +87,8 @@ def align(
             "and left out",
             file=sys.stderr,
         )
+    if not fitting:
+        raise UserError(f"all {len(found):,} records are longer than --length {length:,}")
     trained_on, held_out = split(fitting, hold_out, seed)
     course = Course(
         method=method,
@@ -163,10 +170,7 @@ class _Job:
             ]
 
 
-def _check(source: ModelFolder, dtype: torch.dtype, length: int, machine: Machine) -> None:
-    context = int(source.config.max_position_embeddings)
-    if length > context:
-        raise UserError(f"--length {length:,} is longer than the model's context of {context:,} tokens")
+def _check(dtype: torch.dtype, machine: Machine) -> None:
     if dtype == torch.float16:
         raise UserError("gradients leave the range of float16; use --dtype bf16 or fp32")
     if pick_device(machine).index not in (None, 0):

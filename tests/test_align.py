@@ -175,7 +175,7 @@ def test_merged_adapters_give_the_logits_of_the_adapted_model(
 
     monkeypatch.setattr(LoraModel, "merge_and_unload", looked_at)
     out = tmp_path / "tuned"
-    tuning = Tuning(lora=2, epochs=2, learning_rate=1e-2)
+    tuning = Tuning(lora=2, learning_rate=1e-2, gradient_checkpointing=method == "dpo")
     data = chats if method == "sft" else pairs
     result = align(str(student), method=method, data=(data,), out=out, tuning=tuning, machine=CPU).result
     merged = ModelFolder(out).load(torch.float32, "cpu")
@@ -275,6 +275,25 @@ def test_what_cannot_be_done_is_said_in_one_line(
 ) -> None:
     with pytest.raises(UserError, match=said):
         align(str(student), method="sft", data=(chats,), out=tmp_path / "tuned", **({"machine": CPU} | options))
+
+
+def test_what_the_machine_lacks_is_said_in_terms_of_options(
+    student: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def run() -> None:
+        align(str(student), method="sft", data=(chats,), out=tmp_path / "tuned", machine=CPU)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(alignment, "train", full)
+        with pytest.raises(UserError, match="lower --batch-size"):
+            run()
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=3_000_000))
+    with pytest.raises(UserError, match=r"0\.0 GB free; checkpoints and the result need 0\.0 GB"):
+        run()
 
 
 def test_a_missing_extra_is_named(student: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,11 @@ class Course:
     """Arithmetic; weights that train are float32."""
     seed: int
 
+    def num_steps(self, num_records: int) -> int:
+        """Steps in all; the last one of an epoch may have fewer records."""
+        batches = -(-num_records // (self.batch_size * self.ranks))
+        return self.epochs * -(-batches // self.accumulate)
+
 
 @dataclass(frozen=True)
 class Score:

@@ -65,7 +65,8 @@ def _train(
     course: Course,
     state: Path,
 ) -> Trained:
-    config = _config(course, state / CHECKPOINTS, cpu=model.device.type == "cpu")
+    num_steps = course.num_steps(len(examples))
+    config = _config(course, num_steps, state / CHECKPOINTS, cpu=model.device.type == "cpu")
     datasets.disable_progress_bars()
     with config.main_process_first(local=False):
         dataset = _on_disk(examples, state / "records")
@@ -89,7 +90,7 @@ def _train(
     return Trained(trained.state_dict(), num_parameters, losses)
 
 
-def _config(course: Course, checkpoints: Path, cpu: bool) -> SFTConfig | DPOConfig:
+def _config(course: Course, num_steps: int, checkpoints: Path, cpu: bool) -> SFTConfig | DPOConfig:
     shared: dict[str, Any] = {
         "output_dir": str(checkpoints),
         "per_device_train_batch_size": course.batch_size,
@@ -103,9 +104,9 @@ def _config(course: Course, checkpoints: Path, cpu: bool) -> SFTConfig | DPOConf
         "use_cpu": cpu,
         "max_length": None,
         "seed": course.seed,
-        "save_steps": SAVED,
+        "save_steps": math.ceil(SAVED * num_steps),
         "save_total_limit": 1,
-        "logging_steps": LOGGED,
+        "logging_steps": math.ceil(LOGGED * num_steps),
         "logging_nan_inf_filter": False,
         "disable_tqdm": True,
         "report_to": "none",

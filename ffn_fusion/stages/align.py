@@ -1,6 +1,7 @@
 """`align`: instruction tuning and preference optimisation: model and chat or preference files → model folder."""
 
 import os
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -112,7 +113,7 @@ def align(
         length=length,
         digest=digest([*trained_on, *held_out]),
     )
-    inputs = {"model": source.fingerprint, "course": asdict(course), "records": asdict(records)}
+    inputs = {"model": source.fingerprint, "seed": seed, "course": asdict(course), "records": asdict(records)}
     job = _Job(source, tokenizer, course, dtype, machine)
     alignment = _alignment()
     if int(os.environ.get("RANK", 0)):
@@ -122,6 +123,8 @@ def align(
 
     def work(folder: StageFolder) -> tuple[AlignResult, Environment]:
         before = folder.remember("before", list[list[float]], lambda: job.score(source, held_out, "before"))
+        if not tuning.lora and not (folder.state / alignment.CHECKPOINTS).is_dir():
+            _check_disk(source, folder.path)
         trained = job.train(alignment, trained_on, folder.state)
         told = _told(course, records)
         write_tuned(source, trained.weights, folder.path, told)
@@ -177,6 +180,18 @@ def _check(dtype: torch.dtype, machine: Machine) -> None:
         raise UserError("align trains on the first GPU that it sees; choose it with CUDA_VISIBLE_DEVICES")
 
 
+def _check_disk(source: ModelFolder, path: Path) -> None:
+    """Room for the folder and for two checkpoints, weights and two moments in float32: the newer is written first."""
+    specs = source.checkpoint.specs.values()
+    needed = sum(spec.num_bytes + 2 * 12 * torch.Size(spec.shape).numel() for spec in specs)
+    free = shutil.disk_usage(path).free
+    if needed > free:
+        raise UserError(
+            f"{path.parent} has {free / 1e9:.1f} GB free; checkpoints and the result need {needed / 1e9:.1f} GB "
+            "(far less with --lora)"
+        )
+
+
 def _own_device(machine: Machine) -> Machine:
     """Under torchrun, each process its own GPU."""
     if "LOCAL_RANK" not in os.environ or pick_device(machine).type == "cpu":
@@ -200,7 +215,7 @@ def _explained() -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise UserError(
             "the GPU is out of memory; lower --batch-size (and raise --accumulate) or --length, "
-            "or use --gradient-checkpointing or --lora; the same --out continues only with the same options"
+            "or use --gradient-checkpointing or --lora"
         ) from None
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from ffn_fusion.core.align_records import AlignResult
 from ffn_fusion.core.block_records import BldResult
 from ffn_fusion.core.comparison import METHODS, SOLVER, Series
 from ffn_fusion.core.cost_records import CostResult
@@ -24,6 +25,7 @@ TYPES: dict[str, type[Any]] = {
     "bld": BldResult,
     "search": SearchResult,
     "fuse": FuseResult,
+    "align": AlignResult,
     "eval": EvalResult,
     "bench": BenchResult,
     "export": ExportResult,
@@ -104,6 +106,7 @@ class Records:
     bld: list[Entry[BldResult]]
     search: list[Entry[SearchResult]]
     fuse: list[Entry[FuseResult]]
+    align: list[Entry[AlignResult]]
     eval: list[Entry[EvalResult]]
     bench: list[Entry[BenchResult]]
     export: list[Entry[ExportResult]]
@@ -164,7 +167,7 @@ class Records:
         names += [m.model for e in self.bench for m in e.result.models]
         names += [e.result.target for e in self.speculate]
         names += [e.result.model for e in self.score] + [e.result.model for e in self.cost]
-        names += [e.result.parent for e in self.bld]
+        names += [e.result.parent for e in self.bld] + [e.result.model for e in self.align]
         return names[0] if names else ""
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,7 +26,7 @@ from ffn_fusion.hf.model import ModelFolder
 from ffn_fusion.hf.records import read_examples, split
 from ffn_fusion.hf.tuned import write_tuned
 from ffn_fusion.stages.align import AlignResult, align
-from ffn_fusion.stages.evaluate import evaluate
+from ffn_fusion.stages.evaluate import _fitted_on, evaluate
 from ffn_fusion.stages.fuse import fuse
 
 CPU = Machine(device="cpu", dtype="fp32", batch_size=4)
@@ -103,6 +104,7 @@ def test_a_tuned_student_knows_more_and_is_an_ordinary_student(student: Path, ch
     assert torch.equal(logits(ours), logits(shipped))
     assert not torch.equal(logits(ours), logits(ModelFolder(student).load(torch.float32, "cpu")))
     novels = Text(text=(str(write_text(tmp_path)),), length=32)
+    assert _fitted_on([ModelFolder(out)]) == []  # its record is not one of `fuse`
     measured = evaluate(str(student), str(out), out=tmp_path / "eval", windows=2, text=novels, machine=CPU)
     assert measured.result.scores[1].kl.mean > 0
 
@@ -196,16 +198,18 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize(("method", "lora"), [("sft", None), ("dpo", 2)])
+@pytest.mark.parametrize(("method", "lora", "family"), [("sft", None, "gemma"), ("dpo", 2, "llama")])
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     method: Any,
     lora: int | None,
-    student: Path,
+    family: str,
+    tiny_student: Callable[[str], Path],
     chats: Path,
     pairs: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    student = tokenized(shutil.copytree(tiny_student(family), tmp_path / "student"))  # Gemma's has a tied head
     data = chats if method == "sft" else pairs
     tuning = Tuning(lora=lora, learning_rate=1e-3)
 
@@ -233,6 +237,21 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     assert again == whole
     for name, tensor in load_file(tmp_path / "whole" / "model.safetensors").items():
         assert torch.equal(tensor, load_file(tmp_path / "killed" / "model.safetensors")[name]), name
+
+
+def test_two_ranks_do_what_one_does_with_batches_twice_as_large(student: Path, chats: Path, tmp_path: Path) -> None:
+    options = ["--method", "sft", "--data", str(chats), "--learning-rate", "1e-3", "--device", "cpu", "--dtype", "fp32"]
+    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    verb = ["-m", "ffn_fusion", "align", str(student), *options, "--batch-size", "2", "--out", str(tmp_path / "two")]
+    subprocess.run([*ranks, *verb], check=True, capture_output=True, timeout=300)
+    tuning = Tuning(learning_rate=1e-3)
+    align(str(student), method="sft", data=(chats,), out=tmp_path / "one", tuning=tuning, machine=CPU)
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    before = load_file(student / "model.safetensors")
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-5)
+    assert any((tensor - before[name]).abs().max() > 1e-3 for name, tensor in one.items())
+    assert read_record(tmp_path / "two", AlignResult).result.course.ranks == 2
 
 
 def test_a_loss_that_is_no_number_stops_the_run(student: Path, chats: Path, tmp_path: Path) -> None:

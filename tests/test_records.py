@@ -123,7 +123,7 @@ def test_parquet_files_hold_the_same_records(
     ("method", "row", "said"),
     [
         ("sft", {"text": "hi"}, r"line 1 has text; --method sft needs messages, or prompt and completion"),
-        ("dpo", {"messages": CHAT}, r"has messages; --method dpo needs prompt and chosen and rejected"),
+        ("dpo", {"messages": CHAT}, r"has messages; --method dpo needs prompt, chosen and rejected"),
         ("sft", {"prompt": "hi", "completion": None}, "has prompt, completion; --method sft needs"),
         ("sft", {"messages": "hi"}, "messages is text"),
         ("sft", {"messages": []}, "neither text nor a list"),

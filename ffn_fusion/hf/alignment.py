@@ -3,6 +3,7 @@
 Weights that train are float32 under bf16 autocast: steps of 1e-6 are lost where weights are bf16.
 """
 
+import gc
 import json
 import math
 import warnings
@@ -34,7 +35,7 @@ PATIENCE = 24 * 3600
 
 @dataclass(frozen=True)
 class Trained:
-    """Weights as they came out of training, by the names of the model, adapters merged."""
+    """Weights as they came out of training, by the names of the model, adapters merged, on the host."""
 
     weights: dict[str, Tensor]
     num_parameters: int
@@ -55,7 +56,10 @@ def train(
     with quiet_transformers(), warnings.catch_warnings():
         # Names that transformers 5.17 needs and 5.23 has others for.
         warnings.simplefilter("ignore", FutureWarning)
-        return _train(model, tokenizer, examples, course, state)
+        trained = _train(model, tokenizer, examples, course, state)
+    # Trainer and optimizer refer to each other, and would hold the device's memory until somebody looked.
+    gc.collect()
+    return trained
 
 
 def _train(
@@ -87,7 +91,8 @@ def _train(
         # In float32, so that weight and update are added before they are rounded.
         trained = trained.float().merge_and_unload()
     losses = [StepLoss(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
-    return Trained(trained.state_dict(), num_parameters, losses)
+    weights = {name: weight.cpu() for name, weight in trained.state_dict().items()}
+    return Trained(weights, num_parameters, losses)
 
 
 def _config(course: Course, num_steps: int, checkpoints: Path, cpu: bool) -> SFTConfig | DPOConfig:

@@ -27,6 +27,7 @@ COLUMNS = {
     "dpo": (("prompt", "chosen", "rejected"), ("chosen", "rejected")),
 }
 """Columns that a record of each method has, one of these sets; without a prompt it is what both answers begin with."""
+NEEDED = {"sft": "messages, or prompt and completion", "dpo": "prompt, chosen and rejected"}
 IGNORED = -100
 """Label of a token that is not to be learnt."""
 
@@ -64,8 +65,8 @@ def read_examples(paths: Sequence[Path], method: Method, tokenizer: PreTrainedTo
         for where, row in _rows(path):
             columns = next((names for names in COLUMNS[method] if all(row.get(n) is not None for n in names)), None)
             if columns is None:
-                wanted = ", or ".join(" and ".join(names) for names in COLUMNS[method])
-                raise UserError(f"{where} has {', '.join(row) or 'no columns'}; --method {method} needs {wanted}")
+                found = ", ".join(row) or "no columns"
+                raise UserError(f"{where} has {found}; --method {method} needs {NEEDED[method]}")
             try:
                 examples.append(encoder.example({name: row[name] for name in columns}))
             except _WrongRecordError as error:

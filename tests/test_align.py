@@ -23,10 +23,11 @@ from ffn_fusion.folder import read_record
 from ffn_fusion.hf import alignment
 from ffn_fusion.hf.answers import log_probability
 from ffn_fusion.hf.model import ModelFolder
+from ffn_fusion.hf.provenance import fitted_on
 from ffn_fusion.hf.records import read_examples, split
 from ffn_fusion.hf.tuned import write_tuned
 from ffn_fusion.stages.align import AlignResult, align
-from ffn_fusion.stages.evaluate import _fitted_on, evaluate
+from ffn_fusion.stages.evaluate import evaluate
 from ffn_fusion.stages.fuse import fuse
 
 CPU = Machine(device="cpu", dtype="fp32", batch_size=4)
@@ -104,7 +105,7 @@ def test_a_tuned_student_knows_more_and_is_an_ordinary_student(student: Path, ch
     assert torch.equal(logits(ours), logits(shipped))
     assert not torch.equal(logits(ours), logits(ModelFolder(student).load(torch.float32, "cpu")))
     novels = Text(text=(str(write_text(tmp_path)),), length=32)
-    assert _fitted_on([ModelFolder(out)]) == []  # its record is not one of `fuse`
+    assert fitted_on(ModelFolder(out)) == [str(chats)]
     measured = evaluate(str(student), str(out), out=tmp_path / "eval", windows=2, text=novels, machine=CPU)
     assert measured.result.scores[1].kl.mean > 0
 

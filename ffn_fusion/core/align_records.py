@@ -96,6 +96,8 @@ class AlignResult:
     trained_parameters: int
     losses: list[StepLoss]
     scores: list[Score]
+    fitted_on: list[str]
+    """Texts that the student was fitted to before, by its record."""
 
     @property
     def num_steps(self) -> int:

@@ -22,6 +22,7 @@ from ffn_fusion.folder import RECORD, Environment, Record, StageFolder, run_stag
 from ffn_fusion.hf.answers import log_probability
 from ffn_fusion.hf.machine import device_map, pick_device, pick_dtype, where
 from ffn_fusion.hf.model import ModelFolder
+from ffn_fusion.hf.provenance import fitted_on
 from ffn_fusion.hf.records import Example, digest, read_examples, split
 from ffn_fusion.hf.resolve import load_tokenizer, resolve_model
 from ffn_fusion.hf.tuned import write_tuned
@@ -113,7 +114,8 @@ def align(
         length=length,
         digest=digest([*trained_on, *held_out]),
     )
-    inputs = {"model": source.fingerprint, "seed": seed, "course": asdict(course), "records": asdict(records)}
+    inputs = {"model": source.fingerprint, "seed": seed, "course": asdict(course), "hold_out": hold_out}
+    inputs |= {"records": records.digest}
     job = _Job(source, tokenizer, course, dtype, machine)
     alignment = _alignment()
     if int(os.environ.get("RANK", 0)):
@@ -138,6 +140,7 @@ def align(
             trained_parameters=trained.num_parameters,
             losses=trained.losses,
             scores=scores(before, after, counts),
+            fitted_on=fitted_on(source),
         )
         here = where(machine, dtype)
         return result, replace(here, versions=here.versions | {name: version(name) for name in ("trl", "peft")})

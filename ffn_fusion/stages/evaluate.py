@@ -13,12 +13,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ffn_fusion.core.losses import kl_to, nll, reference
-from ffn_fusion.core.records import EvalResult, FuseResult, ModelScore
+from ffn_fusion.core.records import EvalResult, ModelScore
 from ffn_fusion.core.stats import estimate
 from ffn_fusion.errors import UserError
-from ffn_fusion.folder import RECORD, Environment, Record, StageFolder, read_record, run_stage, stage_of
+from ffn_fusion.folder import Environment, Record, StageFolder, run_stage
 from ffn_fusion.hf.machine import device_map, pick_dtype, where
 from ffn_fusion.hf.model import ModelFolder
+from ffn_fusion.hf.provenance import fitted_on
 from ffn_fusion.hf.resolve import labels, load_tokenizer, resolve_model
 from ffn_fusion.hf.text import Windows, read_windows
 from ffn_fusion.progress import track
@@ -87,7 +88,9 @@ def evaluate(
                 board.add(name, model.fingerprint, student or parent)
         if board is None:
             return EvalResult(held_out.sample, scores), where(machine, dtype)
-        results = board.results([*_fitted_on(folders[1:]), *tasks.fitted_on], text.column)
+        results = board.results(
+            [*(text for student in folders[1:] for text in fitted_on(student)), *tasks.fitted_on], text.column
+        )
         with (folder.path / "samples.jsonl").open("w", encoding="utf-8") as file:
             file.writelines(board.lines())
         return EvalResult(held_out.sample, scores, results, board.unscored), where(machine, dtype)
@@ -122,16 +125,6 @@ def _board(tasks: Tasks, judging: Judging, tokenizer: PreTrainedTokenizerBase) -
     except ImportError as error:
         raise UserError(f"--tasks needs {error.name}: pip install 'ffn-fusion[eval]'") from None
     return open_board(tasks, judging, tokenizer)
-
-
-def _fitted_on(students: Sequence[ModelFolder]) -> list[str]:
-    """Texts that students were calibrated on, by their own records."""
-    sources: list[str] = []
-    for student in students:
-        if (student.folder / RECORD).is_file() and stage_of(student.folder) == "fuse":
-            sample = read_record(student.folder, FuseResult).result.sample
-            sources += sample.sources if sample else []
-    return sources
 
 
 @torch.no_grad()

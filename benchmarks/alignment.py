@@ -54,11 +54,11 @@ def fits(messages: list[dict[str, str]], max_chars: int) -> bool:
     return len(text) <= max_chars and text.isascii()
 
 
-def preferences(models: list[str], path: Path, count: int, max_tokens: int) -> Iterator[dict[str, object]]:
-    """Questions of the chats in `path` with both models' answers."""
+def preferences(models: list[str], path: Path, count: int, ask: str, max_tokens: int) -> Iterator[dict[str, object]]:
+    """Questions of the chats in `path`, each followed by `ask`, with both models' answers."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
     asked = list(dict.fromkeys(row["messages"][0]["content"] for row in rows))[:count]
-    questions = [[{"role": "user", "content": text}] for text in asked]
+    questions = [[{"role": "user", "content": f"{text} {ask}".strip()}] for text in asked]
     for question, chosen, rejected in zip(
         questions, *(answers(name, questions, max_tokens) for name in models), strict=True
     ):
@@ -102,6 +102,7 @@ def main() -> None:
     from_models = verbs.add_parser("preferences")
     from_models.add_argument("models", nargs=2, metavar=("PARENT", "STUDENT"))
     from_models.add_argument("chats", type=Path)
+    from_models.add_argument("--ask", default="", help="what to add to each question, such as: Answer in one sentence.")
     from_models.add_argument("--max-tokens", type=int, default=128)
     for each in (from_package, from_models):
         each.add_argument("--count", type=int, required=True)
@@ -110,7 +111,7 @@ def main() -> None:
     if given.verb == "chats":
         rows = list(chats(given.wheel, given.max_chars, given.count))
     else:
-        rows = list(preferences(given.models, given.chats, given.count, given.max_tokens))
+        rows = list(preferences(given.models, given.chats, given.count, given.ask, given.max_tokens))
     given.out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     print(f"{len(rows)} records in {given.out}")
 

@@ -10,7 +10,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ffn_fusion.core.plan import Attention, Block, Ffn, Plan
     from ffn_fusion.errors import UserError
-    from ffn_fusion.settings import Blocks, Budget, Fusion, Judging, Limits, Machine, Space, Tasks, Text, Tuning
+    from ffn_fusion.settings import (
+        Blocks,
+        Budget,
+        Fusion,
+        Judging,
+        Limits,
+        Machine,
+        Space,
+        Tasks,
+        Text,
+        Tuning,
+        Writing,
+    )
     from ffn_fusion.stages.align import align
     from ffn_fusion.stages.analyze import analyze
     from ffn_fusion.stages.bench import bench
@@ -19,11 +31,13 @@ if TYPE_CHECKING:
     from ffn_fusion.stages.evaluate import evaluate
     from ffn_fusion.stages.export import export
     from ffn_fusion.stages.fuse import fuse
+    from ffn_fusion.stages.heal import heal
     from ffn_fusion.stages.report import report
     from ffn_fusion.stages.run import run
     from ffn_fusion.stages.score import score
     from ffn_fusion.stages.search import search
     from ffn_fusion.stages.speculate import speculate
+    from ffn_fusion.stages.teach import teach
 
 __version__ = version("ffn-fusion")
 __all__ = [
@@ -42,6 +56,7 @@ __all__ = [
     "Text",
     "Tuning",
     "UserError",
+    "Writing",
     "align",
     "analyze",
     "bench",
@@ -50,16 +65,20 @@ __all__ = [
     "evaluate",
     "export",
     "fuse",
+    "heal",
     "report",
     "run",
     "score",
     "search",
     "speculate",
+    "teach",
 ]
 _MODULES = {
     "core.plan": ("Attention", "Block", "Ffn", "Plan"),
     "errors": ("UserError",),
-    "settings": ("Blocks", "Budget", "Fusion", "Judging", "Limits", "Machine", "Space", "Tasks", "Text", "Tuning"),
+    "settings": (
+        *("Blocks", "Budget", "Fusion", "Judging", "Limits", "Machine", "Space", "Tasks", "Text", "Tuning", "Writing"),
+    ),
 }
 
 

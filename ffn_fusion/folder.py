@@ -158,7 +158,9 @@ def _finished(stage: str, out: Path, inputs: dict[str, Any], result_type: type[T
 
 
 def stage_of(out: Path) -> str:
-    """The stage that a finished folder is of, before its result is read as that stage's."""
+    """The stage that a finished folder is of, before its result is read as that stage's; empty if it is of none."""
+    if not (out / RECORD).is_file():
+        return ""
     try:
         return str(json.loads((out / RECORD).read_text(encoding="utf-8"))["stage"])
     except (ValueError, KeyError, TypeError) as error:
@@ -193,11 +195,11 @@ def _partial(out: Path, identity: dict[str, Any]) -> Iterator[StageFolder]:
         yield folder
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, data: str | bytes) -> None:
     """Write a file so that it is there whole or not at all, whatever happens."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with temporary.open("wb") as file:
+        file.write(data.encode() if isinstance(data, str) else data)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

@@ -10,6 +10,7 @@ Dtype = Literal["auto", "bf16", "fp16", "fp32"]
 Method = Literal["mip", "greedy", "random", "max-params", "shortgpt", "llm-drop", "drop-layers"]
 Above0 = Annotated[float, Parameter(validator=Number(gt=0))]
 TwoOrMore = Annotated[int, Parameter(validator=Number(gte=2))]
+Share = Annotated[float, Parameter(validator=Number(gt=0, lte=1))]
 Positive = Annotated[int, Parameter(validator=Number(gte=1))]
 NotNegative = Annotated[int, Parameter(validator=Number(gte=0))]
 
@@ -45,10 +46,10 @@ class Text:
     Parameters
     ----------
     text
-        Files, folders, JSONL or parquet files, Hub datasets (owner/name:split), builtin:wikipedia or builtin:novels;
-        give the option again for each.
+        Files, folders, JSONL or parquet files, Hub datasets (owner/name:split), or builtin:NAME (wikipedia, novels,
+        maths, code, dialogue); give the option again for each.
     column
-        Column of JSONL, parquet and Hub datasets.
+        Column of JSONL, parquet and Hub datasets: of text, or of chats (lists of messages with role and content).
     length
         Tokens in a window.
     seed
@@ -59,6 +60,33 @@ class Text:
     column: str = "text"
     length: TwoOrMore = 512
     seed: int = 0
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Writing:
+    """Text that the parent writes itself.
+
+    Parameters
+    ----------
+    write
+        Documents to write in place of reading --text: conversations of a prompt and an answer if the model has a chat
+        template.
+    max_new_tokens
+        Longest prompt, and longest answer, in tokens. A longer prompt is rejected, a longer answer cut.
+    prompt_temperature
+        Of sampling prompts, and documents of a model without chat template.
+    answer_temperature
+        Of sampling answers.
+    top_p
+        Share of the probability that tokens are sampled from.
+    """
+
+    write: NotNegative = 0
+    max_new_tokens: Positive = 512
+    prompt_temperature: Above0 = 1.0
+    answer_temperature: Above0 = 0.7
+    top_p: Share = 0.95
 
 
 @Parameter(name="*")

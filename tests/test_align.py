@@ -23,7 +23,7 @@ from ffn_fusion.folder import read_record
 from ffn_fusion.hf import alignment
 from ffn_fusion.hf.answers import log_probability
 from ffn_fusion.hf.model import ModelFolder
-from ffn_fusion.hf.provenance import fitted_on
+from ffn_fusion.hf.provenance import texts_behind
 from ffn_fusion.hf.records import read_examples, split
 from ffn_fusion.hf.tuned import write_tuned
 from ffn_fusion.stages.align import AlignResult, align
@@ -105,7 +105,7 @@ def test_a_tuned_student_knows_more_and_is_an_ordinary_student(student: Path, ch
     assert torch.equal(logits(ours), logits(shipped))
     assert not torch.equal(logits(ours), logits(ModelFolder(student).load(torch.float32, "cpu")))
     novels = Text(text=(str(write_text(tmp_path)),), length=32)
-    assert fitted_on(ModelFolder(out)) == [str(chats)]
+    assert texts_behind(ModelFolder(out)) == [str(chats)]
     measured = evaluate(str(student), str(out), out=tmp_path / "eval", windows=2, text=novels, machine=CPU)
     assert measured.result.scores[1].kl.mean > 0
 

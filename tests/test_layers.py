@@ -1,4 +1,4 @@
-"""The import rule: core <- hf <- tasks, serving <- stages <- cli, stages apart (`run` excepted); no cycles."""
+"""The import rule: core <- hf <- tasks, serving, healing <- stages <- cli, stages apart (`run` excepted); no cycles."""
 
 import ast
 from pathlib import Path
@@ -12,7 +12,8 @@ MAY_IMPORT = {
     "hf": {"hf", "core"} | FREE,
     "tasks": {"tasks", "hf", "core"} | FREE,
     "serving": {"serving", "hf", "core"} | FREE,
-    "stages": {"tasks", "serving", "hf", "core"} | FREE,
+    "healing": {"healing", "hf", "core"} | FREE,
+    "stages": {"healing", "tasks", "serving", "hf", "core"} | FREE,
     "cli": {"errors"},
     "__main__": {"cli"},
     "__init__": set(),
@@ -22,7 +23,8 @@ MAY_IMPORT = {
     "errors": set(),
 }
 PARTS = {
-    "stages.report": {"stages.figures", "stages.figures_search", "stages.gather"},
+    "stages.report": {"stages.figures", "stages.figures_heal", "stages.figures_search", "stages.gather"},
+    "stages.figures_heal": {"stages.figures"},
     "stages.figures_search": {"stages.figures"},
     "stages.search": {"stages.evidence", "stages.greedy", "stages.puzzle"},
     "stages.puzzle": {"stages.evidence"},

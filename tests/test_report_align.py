@@ -20,7 +20,7 @@ def tuned() -> AlignResult:
             Score("margin", True, measured(1.25), measured(2.5), Estimate(1.25, 0.1, 1.0, 1.5, 34)),
             Score("loss", False, measured(3.0), measured(3.5), Estimate(0.5, 0.1, 0.25, 0.75, 34)),
         ],
-        fitted_on=[],
+        texts=[],
     )
 
 

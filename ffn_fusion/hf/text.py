@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 Part = Literal["all", "measure", "fit"]
 PIECE_CHARS = 20_000
+CHARS_PER_TOKEN = 6
+"""At most, about: pieces are no shorter than a window."""
 MEASURE_SHARE = 8
 PLAIN = (".txt", ".md", ".rst")
 
@@ -35,48 +38,61 @@ class Windows:
     sample: Sample
 
 
-def read_windows(text: Text, tokenizer: PreTrainedTokenizerBase, count: int, part: Part = "all") -> Windows:
-    """`count` windows of `text.length` tokens, the same ones for the same arguments.
+def read_windows(text: Text, tokenizer: PreTrainedTokenizerBase, count: int | None, part: Part = "all") -> Windows:
+    """`count` windows of `text.length` tokens, the same ones for the same arguments; all that the text fills if None.
 
     Documents are cut into pieces, shuffled by `text.seed` and tokenised until there are enough. `part` divides the
     pieces in two: "measure" (one in eight) for scores, "fit" for calibration, so that the two never share text.
     """
-    pieces = [piece for spec in text.text for document in documents(spec, text.column) for piece in _pieces(document)]
-    if part != "all":
-        pieces = [p for i, p in enumerate(pieces) if (i % MEASURE_SHARE == 0) == (part == "measure")]
-    random.Random(text.seed).shuffle(pieces)
-    ids: list[int] = []
-    needed = text.length * count
-    for piece in pieces:
-        ids += tokenizer(piece, verbose=False)["input_ids"]
-        if len(ids) >= needed:
+    # Four bytes a token, where a list takes 36.
+    ids = array("i")
+    for piece in shuffled_pieces(text, tokenizer, part):
+        if count is not None and len(ids) >= text.length * count:
             break
+        ids.extend(tokenizer(piece, verbose=False)["input_ids"])
+    if count is None:
+        count = max(1, len(ids) // text.length)
+    needed = text.length * count
     if len(ids) < needed:
         share = "" if part == "all" else f" in its '{part}' part"
         raise UserError(
             f"text {', '.join(text.text)} has only {len(ids):,} tokens{share}; "
             f"{count} windows of {text.length} need {needed:,}"
         )
-    tensor = torch.tensor(ids[:needed]).view(count, text.length)
+    tensor = torch.tensor(ids[:needed], dtype=torch.long).view(count, text.length)
     num_bytes = tuple(len(tokenizer.decode(row[1:], skip_special_tokens=True).encode()) for row in tensor)
     digest = hashlib.sha256(tensor.numpy().tobytes()).hexdigest()[:16]
     return Windows(tensor, num_bytes, Sample(list(text.text), part, count, text.length, text.seed, digest))
 
 
-def _pieces(document: str) -> Iterator[str]:
+def shuffled_pieces(text: Text, tokenizer: PreTrainedTokenizerBase, part: Part = "all") -> list[str]:
+    """The documents of a part of the text, cut into pieces, in the order that the seed gives them."""
+    size = max(PIECE_CHARS, CHARS_PER_TOKEN * text.length)
+    found = (document for spec in text.text for document in documents(spec, text.column, tokenizer))
+    pieces = [piece for document in found for piece in _pieces(document, size)]
+    if part != "all":
+        pieces = [p for i, p in enumerate(pieces) if (i % MEASURE_SHARE == 0) == (part == "measure")]
+    random.Random(text.seed).shuffle(pieces)
+    return pieces
+
+
+def _pieces(document: str, size: int) -> Iterator[str]:
     start = 0
     while start < len(document):
-        end = start + PIECE_CHARS
+        end = start + size
         if end < len(document):
             end = document.rfind("\n", start, end) + 1 or end
-            end = end if end > start else start + PIECE_CHARS
+            end = end if end > start else start + size
         if document[start:end].strip():
             yield document[start:end].rstrip() + "\n\n"
         start = end
 
 
-def documents(spec: str, column: str) -> list[str]:
-    """The documents behind one of `Text`'s names; `UserError` if they cannot be had."""
+def documents(spec: str, column: str, tokenizer: PreTrainedTokenizerBase | None = None) -> list[str]:
+    """The documents behind one of `Text`'s names; `UserError` if they cannot be had.
+
+    A column of chats, lists of messages with role and content, is spelled out by the tokenizer's chat template.
+    """
     if spec.startswith(PREFIX):
         return builtin_text(spec.removeprefix(PREFIX))
     path = Path(spec).expanduser()
@@ -84,18 +100,34 @@ def documents(spec: str, column: str) -> list[str]:
         files = sorted(p for p in path.rglob("*") if p.suffix in (*PLAIN, ".jsonl", ".parquet", ".arrow"))
         if not files:
             raise UserError(f"{path} holds no text files ({', '.join(PLAIN)}, .jsonl, .parquet, .arrow)")
-        return [document for file in files for document in _file(file, column)]
+        return [document for file in files for document in _file(file, column, tokenizer)]
     if path.is_file():
-        return _file(path, column)
-    return _hub_dataset(spec, column)
+        return _file(path, column, tokenizer)
+    return _texts(_hub_dataset(spec, column), tokenizer)
 
 
-def _file(path: Path, column: str) -> list[str]:
+def _file(path: Path, column: str, tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
     if path.suffix == ".jsonl":
-        return [_field(row, column, path) for _, row in json_lines(path)]
+        return _texts([_field(row, column, path) for _, row in json_lines(path)], tokenizer)
     if path.suffix in (".parquet", ".arrow"):
-        return _table_column(path, column)
+        return _texts(_table_column(path, column), tokenizer)
     return [_read(path)]
+
+
+def _texts(values: list[Any], tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
+    """What of a column is text. Chats are spelled out, or without a tokenizer joined."""
+    return [value if isinstance(value, str) else _chat(value, tokenizer) for value in values if value]
+
+
+def _chat(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase | None) -> str:
+    if tokenizer and not tokenizer.chat_template:
+        raise UserError("the text is of chats, and the tokenizer has no chat template to spell them out with")
+    try:
+        if tokenizer is None:
+            return "\n".join(message["content"] for message in messages)
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except Exception as error:  # templates raise what they like
+        raise UserError(f"a chat cannot be spelled out: {' '.join(str(error).split())[:200]}") from None
 
 
 def _read(path: Path) -> str:
@@ -124,10 +156,10 @@ def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, row
 
 
-def _field(row: dict[str, Any], column: str, path: Path) -> str:
-    if not isinstance(row.get(column), str):
+def _field(row: dict[str, Any], column: str, path: Path) -> Any:
+    if not isinstance(row.get(column), (str, list)):
         raise _no_column(str(path), column, list(row))
-    return str(row[column])
+    return row[column]
 
 
 def read_table(path: Path) -> "Table":
@@ -141,14 +173,15 @@ def read_table(path: Path) -> "Table":
         raise UserError(f"{path} cannot be read: {error}") from None
 
 
-def _table_column(path: Path, column: str) -> list[str]:
+def _table_column(path: Path, column: str) -> list[Any]:
     table = read_table(path)
     if column not in table.column_names:
         raise _no_column(str(path), column, table.column_names)
-    return [text for text in table[column].to_pylist() if isinstance(text, str)]
+    found: list[Any] = table[column].to_pylist()
+    return found
 
 
-def _hub_dataset(spec: str, column: str) -> list[str]:
+def _hub_dataset(spec: str, column: str) -> list[Any]:
     """``owner/name`` or ``owner/name:split`` through the datasets library (extra `hub`)."""
     try:
         import datasets  # optional and slow to import
@@ -163,4 +196,4 @@ def _hub_dataset(spec: str, column: str) -> list[str]:
         raise UserError(f"Hub dataset {spec} cannot be read: {' '.join(str(error).split())[:200]}") from None
     if column not in data.column_names:
         raise _no_column(spec, column, data.column_names)
-    return [text for text in data[column] if isinstance(text, str)]
+    return list(data[column])

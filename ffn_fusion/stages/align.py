@@ -22,7 +22,7 @@ from ffn_fusion.folder import RECORD, Environment, Record, StageFolder, run_stag
 from ffn_fusion.hf.answers import log_probability
 from ffn_fusion.hf.machine import device_map, pick_device, pick_dtype, where
 from ffn_fusion.hf.model import ModelFolder
-from ffn_fusion.hf.provenance import fitted_on
+from ffn_fusion.hf.provenance import texts_behind
 from ffn_fusion.hf.records import Example, digest, read_examples, split
 from ffn_fusion.hf.resolve import load_tokenizer, resolve_model
 from ffn_fusion.hf.tuned import write_tuned
@@ -140,7 +140,7 @@ def align(
             trained_parameters=trained.num_parameters,
             losses=trained.losses,
             scores=scores(before, after, counts),
-            fitted_on=fitted_on(source),
+            texts=[*texts_behind(source), *records.sources],
         )
         here = where(machine, dtype)
         return result, replace(here, versions=here.versions | {name: version(name) for name in ("trl", "peft")})

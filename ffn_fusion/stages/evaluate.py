@@ -19,7 +19,7 @@ from ffn_fusion.errors import UserError
 from ffn_fusion.folder import Environment, Record, StageFolder, run_stage
 from ffn_fusion.hf.machine import device_map, pick_dtype, where
 from ffn_fusion.hf.model import ModelFolder
-from ffn_fusion.hf.provenance import fitted_on
+from ffn_fusion.hf.provenance import texts_behind
 from ffn_fusion.hf.resolve import labels, load_tokenizer, resolve_model
 from ffn_fusion.hf.text import Windows, read_windows
 from ffn_fusion.progress import track
@@ -88,9 +88,7 @@ def evaluate(
                 board.add(name, model.fingerprint, student or parent)
         if board is None:
             return EvalResult(held_out.sample, scores), where(machine, dtype)
-        results = board.results(
-            [*(text for student in folders[1:] for text in fitted_on(student)), *tasks.fitted_on], text.column
-        )
+        results = board.results([*_fitted_on(folders[1:]), *tasks.fitted_on], text.column)
         with (folder.path / "samples.jsonl").open("w", encoding="utf-8") as file:
             file.writelines(board.lines())
         return EvalResult(held_out.sample, scores, results, board.unscored), where(machine, dtype)
@@ -125,6 +123,11 @@ def _board(tasks: Tasks, judging: Judging, tokenizer: PreTrainedTokenizerBase) -
     except ImportError as error:
         raise UserError(f"--tasks needs {error.name}: pip install 'ffn-fusion[eval]'") from None
     return open_board(tasks, judging, tokenizer)
+
+
+def _fitted_on(students: Sequence[ModelFolder]) -> list[str]:
+    """Texts that students were calibrated or trained on, by their own records."""
+    return [text for student in students for text in texts_behind(student)]
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from ffn_fusion.core.block_records import BldResult
 from ffn_fusion.core.comparison import METHODS, SOLVER, Series
 from ffn_fusion.core.cost_records import CostResult
 from ffn_fusion.core.engine_records import ExportResult, SpeculateResult
+from ffn_fusion.core.heal_records import HealResult
 from ffn_fusion.core.plan import Plan
 from ffn_fusion.core.records import AnalyzeResult, BenchResult, EvalResult, FuseResult, Sample
 from ffn_fusion.core.search_records import ScoreResult, SearchResult
@@ -25,6 +26,7 @@ TYPES: dict[str, type[Any]] = {
     "bld": BldResult,
     "search": SearchResult,
     "fuse": FuseResult,
+    "heal": HealResult,
     "align": AlignResult,
     "eval": EvalResult,
     "bench": BenchResult,
@@ -106,6 +108,7 @@ class Records:
     bld: list[Entry[BldResult]]
     search: list[Entry[SearchResult]]
     fuse: list[Entry[FuseResult]]
+    heal: list[Entry[HealResult]]
     align: list[Entry[AlignResult]]
     eval: list[Entry[EvalResult]]
     bench: list[Entry[BenchResult]]
@@ -167,7 +170,8 @@ class Records:
         names += [m.model for e in self.bench for m in e.result.models]
         names += [e.result.target for e in self.speculate]
         names += [e.result.model for e in self.score] + [e.result.model for e in self.cost]
-        names += [e.result.parent for e in self.bld] + [e.result.model for e in self.align]
+        names += [e.result.parent for e in self.bld] + [e.result.parent for e in self.heal]
+        names += [e.result.model for e in self.align]
         return names[0] if names else ""
 
 

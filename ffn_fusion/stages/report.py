@@ -19,7 +19,7 @@ from ffn_fusion.core.score_grid import grid, row_of
 from ffn_fusion.core.stats import Estimate
 from ffn_fusion.errors import UserError
 from ffn_fusion.folder import write_atomically
-from ffn_fusion.stages import figures, figures_search
+from ffn_fusion.stages import figures, figures_heal, figures_search
 from ffn_fusion.stages.figures import Bar
 from ffn_fusion.stages.gather import Entry, Records, read_all
 
@@ -90,6 +90,7 @@ def render(records: Records) -> str:
         dash=NO_VALUE,
         question=QUESTION,
         drawn=figures_search,
+        healing=figures_heal,
         compared=comparison,
         grid=grid,
         row_of=row_of,

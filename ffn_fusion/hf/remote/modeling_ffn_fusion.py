@@ -8,6 +8,7 @@ In the folded form a layer is an attention followed by several FFNs, so that eve
 """
 
 import copy
+import functools
 from typing import Any
 
 import torch
@@ -125,10 +126,15 @@ def with_fields(config: Any, **fields: Any) -> Any:
     return changed
 
 
+@functools.cache
+def edited(stock: type) -> type:
+    """A family's layer class with our forward; one for all layers, or torch.compile would compile each by itself."""
+    return type(stock.__name__, (Block, stock), {})
+
+
 def edit_layer(layer: nn.Module, index: int, config: Any) -> None:
     """Turn a stock decoder layer into block `index`; it stays an instance of its class under the same name."""
-    stock = type(layer)
-    layer.__class__ = type(stock.__name__, (Block, stock), {})
+    layer.__class__ = edited(type(layer))
     layer.layer_idx = index
     layer.following_ffns = nn.ModuleList()
     block = config.block_configs[index]

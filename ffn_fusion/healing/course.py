@@ -1,0 +1,297 @@
+"""A recipe from its first step to its last: stages in a row, check-ups between them, always ready to be killed."""
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import cattrs
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerBase
+
+from ffn_fusion.core.curriculum import Curriculum, TrainingStage
+from ffn_fusion.core.heal_records import CheckUp, Drawn, Measure, StageOutcome, TrainingPoint, best_of, regression
+from ffn_fusion.core.plan import Plan
+from ffn_fusion.folder import StageFolder
+from ffn_fusion.healing import checkpoints
+from ffn_fusion.healing.corpus import build_corpus, repeated
+from ffn_fusion.healing.domains import Answers, Domain, ask_parent
+from ffn_fusion.healing.feeds import CachedFeed, Feed, LiveFeed, head_of, needs_parent, spans
+from ffn_fusion.healing.flops import matrix_flops, training_flops
+from ffn_fusion.healing.journal import Journal
+from ffn_fusion.healing.loop import Done, Objective, Training, evenly
+from ffn_fusion.healing.ranks import Ranks
+from ffn_fusion.healing.sharded import Form, Model, load, write_weights
+from ffn_fusion.hf.model import PLAN_FILE, ModelFolder, copy_companions
+from ffn_fusion.hf.surgery import LAYER
+from ffn_fusion.hf.teacher_cache import TeacherCache
+from ffn_fusion.progress import track
+
+STUDENTS = "students"
+POSITIONS = ("rope_parameters", "rope_theta", "rope_scaling", "max_position_embeddings")
+PROGRESS = "progress.json"
+POINTS = 200
+"""Points of the curve in a stage, at most."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Parent and student, and the plan that leads from one to the other."""
+
+    parent: ModelFolder
+    student: ModelFolder
+    plan: Plan
+
+    def changed(self, stage: TrainingStage) -> frozenset[int]:
+        """Blocks that the stage trains if it does not train all."""
+        found = {i for i, block in enumerate(self.plan.blocks) if block not in self.parent.plan.blocks}
+        if stage.trains == "neighbours":
+            found |= {i + step for i in found for step in (-1, 1)} & set(range(len(self.plan.blocks)))
+        return frozenset(found)
+
+    def objective(self, stage: TrainingStage, compiled: bool = False) -> Objective:
+        return Objective(stage.losses, spans(self.plan), self.changed(stage) if stage.local else None, compiled)
+
+
+@dataclass(frozen=True)
+class Material:
+    """What is read: text by this tokenizer, or a cache of the parent's answers, and the domains."""
+
+    tokenizer: PreTrainedTokenizerBase
+    domains: list[Domain]
+    cache: TeacherCache | None = None
+
+
+@dataclass(frozen=True)
+class Habits:
+    """How to go about it; none of it changes what is learned, but for rounding."""
+
+    dtype: torch.dtype
+    batch_size: int
+    check_ups: int
+    save_every: int
+    patience: int
+    compiled: bool
+    checkpointed: bool
+    seed: int
+
+
+@dataclass
+class Progress:
+    """How far it has come. Everything before `step` of stage number `stage` is in `checkpoint`."""
+
+    stage: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    checkpoint: str = ""
+    stages: list[StageOutcome] = field(default_factory=list)
+    check_ups: list[CheckUp] = field(default_factory=list)
+    curve: list[TrainingPoint] = field(default_factory=list)
+    losses: list[tuple[int, float]] = field(default_factory=list)
+    """Steps and mean loss of each stretch since the last check-up."""
+    stopped: str = ""
+
+
+class Course:
+    """The whole of a healing run on this rank."""
+
+    def __init__(
+        self, pair: Pair, recipe: Curriculum, habits: Habits, material: Material, folder: StageFolder, ranks: Ranks
+    ) -> None:
+        self.pair, self.recipe, self.habits, self.material = pair, recipe, habits, material
+        self.folder, self.ranks = folder, ranks
+        self.progress = cattrs.structure(folder.load(PROGRESS) or {}, Progress)
+        self.head = head_of(pair.parent, ranks.device, habits.dtype)
+        asks = any(map(needs_parent, recipe.stages))
+        self.measure: Measure = "kl" if asks else "nll"
+        self.parent = self._ask() if asks and material.cache is None else None
+        self.answers = self._answers()
+        self.journal = Journal(folder.path, self.progress.curve, ranks.is_first)
+
+    def run(self) -> None:
+        """Go on from where `progress` is to the end, or to where a guard stops it."""
+        for number in range(self.progress.stage, len(self.recipe.stages)):
+            self._stage(number, self.recipe.stages[number])
+            if self.progress.stopped:
+                break
+
+    def _stage(self, number: int, stage: TrainingStage) -> None:
+        progress, habits = self.progress, self.habits
+        moving = self.pair.changed(stage)
+        objective = self.pair.objective(stage, habits.compiled)
+        feed, drawn = self._feed(number, stage, objective)
+        form = Form(habits.dtype, habits.compiled, _chooser(stage, moving), habits.checkpointed)
+        student = load(self.pair.student, self._config(number), form, self.ranks)
+        training = Training(student, stage, objective, feed, self.ranks, habits.batch_size)
+        if progress.checkpoint:
+            own = training.optimizer if progress.step else None
+            checkpoints.restore(student, own, self.folder.state, progress.checkpoint)
+        if not progress.check_ups:
+            self._check_up(student, stage)
+        self._train(number, stage, training, student)
+        if progress.stopped:
+            return
+        live = self.pair.parent if self.parent and needs_parent(stage) else None
+        flops = training_flops(live, self.pair.student, stage)
+        speed = progress.step * stage.windows_per_step * stage.length / progress.seconds / self.ranks.size
+        share = flops * speed / matrix_flops(habits.dtype, self.ranks.device) if flops else None
+        outcome = StageOutcome(
+            stage.name,
+            stage.num_steps,
+            stage.num_steps * stage.windows_per_step * stage.length,
+            stage.length,
+            training.num_trained,
+            round(progress.seconds, 2),
+            share,
+            _peak_memory(self.ranks.device),
+            drawn,
+        )
+        progress.stages.append(outcome)
+        progress.stage, progress.step, progress.seconds = number + 1, 0, 0.0
+        self._save_progress()
+
+    def _feed(self, number: int, stage: TrainingStage, objective: Objective) -> tuple[Feed, list[Drawn]]:
+        """What the stage learns from, and where that comes from."""
+        count, seed = stage.num_steps * stage.windows_per_step, self.habits.seed + number
+        cache = self.material.cache
+        if cache:
+            order = repeated(count, cache.num_windows, np.random.default_rng(seed))
+            drawn = Drawn(str(cache.folder), count * stage.length, min(count, cache.num_windows) * stage.length)
+            return CachedFeed(cache, order, stage.losses, self.ranks.device), [drawn]
+        path = self.folder.state / f"tokens-{self.ranks.rank}.npy"
+        sources = self.recipe.sources(stage)
+        corpus = build_corpus(sources, self.material.tokenizer, stage.length, count, seed, path)
+        parent = self.parent if needs_parent(stage) else None
+        feed = LiveFeed(corpus, stage.losses, objective.asked, parent, self.head, self.ranks.device)
+        return feed, corpus.drawn
+
+    def _train(self, number: int, stage: TrainingStage, training: Training, student: Model) -> None:
+        progress = self.progress
+        done_before = sum(outcome.num_steps for outcome in progress.stages)
+        tokens_before = sum(outcome.num_tokens for outcome in progress.stages)
+        examined = evenly(stage.num_steps, self.habits.check_ups)
+        saved = set(range(self.habits.save_every, stage.num_steps, self.habits.save_every))
+        every = max(1, stage.num_steps // POINTS)
+        stops = sorted({*range(every, stage.num_steps, every), *saved, *examined})
+        stops = [stop for stop in stops if stop > progress.step]
+        since = time.monotonic()
+        for done in track(training.run(progress.step, stops), f"heal: {stage.name}", len(stops)):
+            if done.broken is not None:
+                where = f"step {done.broken + 1:,} of stage {stage.name}"
+                progress.stopped = f"the loss is not a number at {where}; lower its learning_rate"
+                self._save_progress()
+                return
+            self._note(done, done_before, tokens_before)
+            step = done.point.step
+            progress.seconds += time.monotonic() - since
+            if step in saved or step in examined:
+                progress.step = step
+                name = checkpoints.save(student, training.optimizer, self.folder.state, done_before + step, self.ranks)
+                progress.checkpoint = name
+                if step in examined:
+                    self._check_up(student, stage)
+                self._save_progress()
+                checkpoints.forget(self.folder.state, name, self.ranks)
+            if progress.stopped:
+                return
+            since = time.monotonic()
+
+    def _note(self, done: Done, steps_before: int, tokens_before: int) -> None:
+        point = done.point
+        last = self.progress.curve[-1].step if self.progress.curve else 0
+        whole = replace(point, step=steps_before + point.step, num_tokens=tokens_before + point.num_tokens)
+        self.progress.losses.append((whole.step - last, done.loss))
+        self.progress.curve.append(whole)
+        self.journal.add(whole)
+
+    def _check_up(self, student: Model, stage: TrainingStage) -> None:
+        """Measure the domains, keep the weights in the ordinary format, and stop if a domain is being lost."""
+        progress = self.progress
+        step, tokens = (progress.curve[-1].step, progress.curve[-1].num_tokens) if progress.curve else (0, 0)
+        steps = sum(count for count, _ in progress.losses)
+        loss = sum(count * value for count, value in progress.losses) / steps if steps else None
+        found = CheckUp(step, tokens, stage.name, loss, self.answers.score(student))
+        progress.check_ups.append(found)
+        progress.losses = []
+        self.journal.add_check_up(found)
+        if step:
+            self._write_student(student, step)
+            progress.stopped = regression(progress.check_ups, self.measure, self.habits.patience)
+
+    def _write_student(self, student: Model, step: int) -> None:
+        best = self.progress.check_ups[best_of(self.progress.check_ups, self.measure)].step
+        folder = self.folder.path / STUDENTS
+        out = folder / f"step-{step}"
+        if self.ranks.is_first:
+            shutil.rmtree(out, ignore_errors=True)
+            out.mkdir(parents=True)
+        write_weights(student, self.pair.student.checkpoint.specs, out, self.ranks)
+        if self.ranks.is_first:
+            write_companions(self.pair.student, self._config(self.progress.stage), out)
+            for path in folder.iterdir():
+                if path.name not in (f"step-{best}", out.name):
+                    shutil.rmtree(path)
+
+    def _config(self, number: int) -> Any:
+        """The student's configuration from stage number `number` on."""
+        config = ModelFolder(self.pair.student.folder).config
+        for stage in self.recipe.stages[: number + 1]:
+            if stage.rope:
+                config.rope_parameters = config.rope_parameters | stage.rope
+                config.max_position_embeddings = max(config.max_position_embeddings, stage.length)
+        return config
+
+    def _ask(self) -> Model:
+        """The parent, live."""
+        form = Form(self.habits.dtype, self.habits.compiled)
+        return load(self.pair.parent, self.pair.parent.config, form, self.ranks).eval()
+
+    def _answers(self) -> Answers:
+        domains = self.material.domains
+        path = self.folder.state / f"answers-{self.ranks.rank}-of-{self.ranks.size}.safetensors"
+        hidden = load_file(path) if path.is_file() else ask_parent(domains, self.parent or self._ask(), self.ranks)
+        if not path.is_file():
+            save_file(hidden, path)
+        return Answers(domains, hidden, self.head, self.ranks)
+
+    def _save_progress(self) -> None:
+        if self.ranks.is_first:
+            self.folder.save(PROGRESS, asdict(self.progress))
+        self.ranks.wait()
+
+
+def write_companions(student: ModelFolder, config: Any, out: Path) -> None:
+    """All of a student folder but weights and record; of the configuration only the positions may have changed."""
+    fields = {name: value for name, value in config.to_dict().items() if name in POSITIONS}
+    (out / "config.json").write_text(json.dumps(student.raw_config | fields, indent=2) + "\n", encoding="utf-8")
+    if student.is_student:
+        shutil.copyfile(student.folder / PLAN_FILE, out / PLAN_FILE)
+    copy_companions(student.folder, out)
+
+
+def finish(folder: Path, pair: Pair, check_ups: list[CheckUp], best: int) -> None:
+    """Put the student of the best check-up where a student folder has it; at step 0 it is the one that came in."""
+    step = check_ups[best].step
+    if step:
+        for path in (folder / STUDENTS / f"step-{step}").iterdir():
+            path.rename(folder / path.name)
+    else:
+        for path in pair.student.folder.glob("model*.safetensors*"):
+            shutil.copyfile(path, folder / path.name)
+        write_companions(pair.student, pair.student.config, folder)
+    shutil.rmtree(folder / STUDENTS, ignore_errors=True)
+
+
+def _chooser(stage: TrainingStage, moving: frozenset[int]) -> Callable[[str], bool]:
+    """Whether a parameter trains in a stage, by its name."""
+    prefixes = tuple(LAYER.format(index) for index in moving)
+    return lambda name: stage.trains == "all" or name.startswith(prefixes)
+
+
+def _peak_memory(device: torch.device) -> float | None:
+    return torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None

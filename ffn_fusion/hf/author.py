@@ -1,0 +1,199 @@
+"""The parent as an author: it writes prompts and answers itself, for users who have no text of their own.
+
+An instruct model that is given its chat template up to the place where a user speaks writes what a user would say
+(Magpie, arXiv 2406.08464); then it answers. A model without a template writes documents from the token that begins one.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from random import Random
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ffn_fusion.errors import UserError
+from ffn_fusion.settings import Writing
+
+MARK = "\ue000"
+"""Stands in for what is said; a character that no template and no text uses."""
+RUN = 8
+MOST_REPEATED = 0.5
+
+
+class Document(NamedTuple):
+    """A conversation or a text, exactly as the parent read and wrote it, and what another one may not share with it."""
+
+    text: str
+    messages: list[dict[str, str]]
+
+    @property
+    def key(self) -> str:
+        """Of a conversation the prompt: answers to one question are alike."""
+        return " ".join((self.messages[0]["content"] if self.messages else self.text).casefold().split())
+
+
+class _End(NamedTuple):
+    """What ends something written: tokens, and a string where the template has no token for it."""
+
+    tokens: list[int]
+    string: str | None
+
+
+class _Said(NamedTuple):
+    """Something written: as it stands in the text, as a reader sees it, whether it came to its end, and why it is of no
+    use, if it is not."""
+
+    raw: str
+    plain: str
+    finished: bool
+    fault: str | None
+
+
+def repeats(ids: Sequence[int]) -> bool:
+    """Most runs of eight tokens were there before: a model caught in a loop."""
+    runs = [tuple(ids[start : start + RUN]) for start in range(len(ids) - RUN + 1)]
+    return len(set(runs)) < MOST_REPEATED * len(runs)
+
+
+class Author:
+    """Writes documents a batch at a time; a batch depends on its number, the seed, and what must not be repeated."""
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, writing: Writing, seed: int, batch_size: int
+    ) -> None:
+        self._model, self._tokenizer, self._writing = model, tokenizer, writing
+        self._seed, self._batch_size = seed, batch_size
+        tokenizer.padding_side = "left"
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        self.chat = bool(tokenizer.chat_template)
+        self._opening, user_end, answer_end = _template(tokenizer) if self.chat else (_beginning(tokenizer), "", "")
+        self._user_end, self._answer_end = self._end(user_end), self._end(answer_end)
+        self._closing = answer_end
+        room = len(self._ids(self._opening)) + (2 if self.chat else 1) * writing.max_new_tokens
+        if room > model.config.max_position_embeddings:
+            raise UserError(
+                f"a document may come to {room:,} tokens; the model takes {model.config.max_position_embeddings:,}: "
+                "lower --max-new-tokens"
+            )
+
+    def batch(self, number: int, known: set[str]) -> tuple[list[Document], Counter[str]]:
+        """New documents whose keys are not `known`, and how many others were begun, by what was wrong with them."""
+        devices = range(torch.cuda.device_count()) if self._model.device.type == "cuda" else ()
+        with torch.random.fork_rng(devices):
+            # torch's generator on a CPU looks at 32 bits of a seed only.
+            torch.manual_seed(Random(f"{self._seed} {number}").getrandbits(32))
+            return self._chats(known) if self.chat else self._texts(known)
+
+    def _chats(self, known: set[str]) -> tuple[list[Document], Counter[str]]:
+        rejected: Counter[str] = Counter()
+        prompts: dict[str, str] = {}
+        for said in self._write([self._opening] * self._batch_size, self._writing.prompt_temperature, self._user_end):
+            asked = Document("", [{"role": "user", "content": said.plain}])
+            fault = said.fault or (None if said.finished else "unfinished")
+            fault = fault or ("duplicate" if asked.key in known | prompts.keys() else None)
+            if fault:
+                rejected[fault] += 1
+            else:
+                prompts[asked.key] = said.plain
+        questions = [[{"role": "user", "content": prompt}] for prompt in prompts.values()]
+        heads = [self._render(question) for question in questions]
+        documents = []
+        answers = self._write(heads, self._writing.answer_temperature, self._answer_end)
+        for question, head, said in zip(questions, heads, answers, strict=True):
+            if said.fault:
+                rejected[said.fault] += 1
+            else:
+                text = head + said.raw + (self._closing if said.finished else "")
+                documents.append(Document(self._bare(text), [*question, {"role": "assistant", "content": said.plain}]))
+        return documents, rejected
+
+    def _texts(self, known: set[str]) -> tuple[list[Document], Counter[str]]:
+        rejected: Counter[str] = Counter()
+        documents: dict[str, Document] = {}
+        for said in self._write([self._opening] * self._batch_size, self._writing.prompt_temperature, self._user_end):
+            document = Document(said.plain, [])
+            fault = said.fault or ("duplicate" if document.key in known | documents.keys() else None)
+            if fault:
+                rejected[fault] += 1
+            else:
+                documents[document.key] = document
+        return list(documents.values()), rejected
+
+    @torch.no_grad()
+    def _write(self, heads: list[str], temperature: float, end: _End) -> list[_Said]:
+        """Continue each head to its end, or as far as is allowed."""
+        if not heads:
+            return []
+        inputs = self._tokenizer(heads, add_special_tokens=False, padding=True, return_tensors="pt")
+        options: dict[str, Any] = {"stop_strings": [end.string], "tokenizer": self._tokenizer} if end.string else {}
+        ids = self._model.generate(
+            input_ids=inputs["input_ids"].to(self._model.device),
+            attention_mask=inputs["attention_mask"].to(self._model.device),
+            max_new_tokens=self._writing.max_new_tokens,
+            do_sample=True,
+            temperature=temperature,
+            top_p=self._writing.top_p,
+            top_k=0,
+            repetition_penalty=1.0,
+            eos_token_id=end.tokens,
+            pad_token_id=self._tokenizer.pad_token_id,
+            use_cache=True,
+            **options,
+        )
+        return [self._said(row, end) for row in ids[:, inputs["input_ids"].shape[1] :].tolist()]
+
+    def _said(self, ids: list[int], end: _End) -> _Said:
+        length = next((place for place, token in enumerate(ids) if token in end.tokens), len(ids))
+        raw, plain = (
+            self._tokenizer.decode(ids[:length], skip_special_tokens=skip).partition(end.string or MARK)
+            for skip in (False, True)
+        )
+        fault = "repeating itself" if repeats(self._ids(raw[0])) else None
+        if not any(map(str.isalnum, plain[0])):
+            fault = "empty"
+        return _Said(raw[0], plain[0].strip(), length < len(ids) or bool(raw[1]), fault)
+
+    def _end(self, string: str) -> _End:
+        """The model's own end tokens, and the template's, if it is one token, else as a string."""
+        configured = self._model.generation_config.eos_token_id
+        tokens = {self._tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
+        string = string.strip() or string
+        first = self._ids(string)[:1]
+        if first and first[0] in self._tokenizer.added_tokens_decoder:
+            tokens.add(first[0])
+            string = ""
+        return _End(sorted(tokens - {None}), string or None)
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _render(self, messages: list[dict[str, str]]) -> str:
+        return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+    def _bare(self, text: str) -> str:
+        """A text without the begin token that the tokenizer will put in front of it."""
+        begin = self._tokenizer.bos_token
+        adds = bool(begin) and self._tokenizer("")["input_ids"][:1] == [self._tokenizer.bos_token_id]
+        return text.removeprefix(begin) if adds else text
+
+
+def _template(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str]:
+    """What a chat template puts in front of a user's words, behind them, and behind an answer."""
+    asked = [{"role": "user", "content": MARK}]
+    said = [{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}]
+    opening, found, user_end = str(tokenizer.apply_chat_template(asked, tokenize=False)).partition(MARK)
+    _, answered, answer_end = str(tokenizer.apply_chat_template(said, tokenize=False)).partition(MARK)
+    if not (found and answered):
+        raise UserError("the chat template does not hand on what user and assistant say; give a text with --text")
+    return opening, user_end, answer_end
+
+
+def _beginning(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The token that begins a document: of its own, or the one that ends the document before."""
+    begin = tokenizer.bos_token or tokenizer.eos_token
+    if begin is None:
+        raise UserError("the tokenizer has no token that begins a text; give a text with --text")
+    return str(begin)

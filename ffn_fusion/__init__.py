@@ -10,7 +10,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ffn_fusion.core.plan import Attention, Block, Ffn, Plan
     from ffn_fusion.errors import UserError
-    from ffn_fusion.settings import Blocks, Budget, Fusion, Judging, Limits, Machine, Space, Tasks, Text, Writing
+    from ffn_fusion.settings import (
+        Blocks,
+        Budget,
+        Fusion,
+        Judging,
+        Limits,
+        Machine,
+        Space,
+        Tasks,
+        Text,
+        Tuning,
+        Writing,
+    )
+    from ffn_fusion.stages.align import align
     from ffn_fusion.stages.analyze import analyze
     from ffn_fusion.stages.bench import bench
     from ffn_fusion.stages.bld import bld
@@ -41,8 +54,10 @@ __all__ = [
     "Space",
     "Tasks",
     "Text",
+    "Tuning",
     "UserError",
     "Writing",
+    "align",
     "analyze",
     "bench",
     "bld",
@@ -61,7 +76,9 @@ __all__ = [
 _MODULES = {
     "core.plan": ("Attention", "Block", "Ffn", "Plan"),
     "errors": ("UserError",),
-    "settings": ("Blocks", "Budget", "Fusion", "Judging", "Limits", "Machine", "Space", "Tasks", "Text", "Writing"),
+    "settings": (
+        *("Blocks", "Budget", "Fusion", "Judging", "Limits", "Machine", "Space", "Tasks", "Text", "Tuning", "Writing"),
+    ),
 }
 
 

@@ -18,6 +18,7 @@ VERBS = {
     "plan": ("plan", "Say what a plan holds, another tool's included, and write its plan.json."),
     "fuse": ("fuse", "Build the student of a plan."),
     "heal": ("heal", "Train a student back to its parent: distillation, further pretraining, on any number of GPUs."),
+    "align": ("align", "Tune a student to instructions or preferences, scored before and after."),
     "eval": ("evaluate", "Compare models with their parent: held-out text and benchmark tasks."),
     "bench": ("bench", "Time prefill and decode of models, interleaved."),
     "cost": ("cost", "Time every variant of a sublayer on this device, and check that the times add up."),

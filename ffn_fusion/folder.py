@@ -125,6 +125,11 @@ def run_stage(
     return record
 
 
+def state_of(out: Path) -> Path:
+    """Where a stage that works on `out` keeps what it needs to be taken up again, for the other ranks of a training."""
+    return _partial_path(out) / STATE
+
+
 def read_record(folder: Path, result_type: type[T]) -> Record[T]:
     """The typed record of a finished stage; `UserError` if the folder holds none."""
     path = folder / RECORD

@@ -304,3 +304,32 @@ class Judging:
     judge_model: str | None = None
     judge_key: str = "OPENAI_API_KEY"
     judge_timeout: float = 120.0
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """How `align` trains.
+
+    Parameters
+    ----------
+    lora
+        Train adapters of this rank on every linear layer, merged in the end, and not the weights themselves.
+    epochs
+        Times that each record is used.
+    learning_rate
+        Of AdamW at its highest; without it 2e-5 for sft and 1e-6 for dpo, and ten times as much with --lora.
+    beta
+        For dpo: how dearly a change of the answers' likelihood is bought; lower lets the model go further.
+    accumulate
+        Batches of --batch-size records that make one step.
+    gradient_checkpointing
+        Compute activations again in the backward pass, which needs less memory and a third more time.
+    """
+
+    lora: Positive | None = None
+    epochs: Positive = 1
+    learning_rate: Above0 | None = None
+    beta: Above0 = 0.1
+    accumulate: Positive = 1
+    gradient_checkpointing: bool = False

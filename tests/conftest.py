@@ -55,6 +55,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "starcoder2": {"use_bias": True},
 }
 """What each family's configuration adds to or changes in `BASE`."""
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] not in ('system', 'user', 'assistant') %}{{ raise_exception('no such role') }}{% endif %}"
+    "{{ '<s>' + message['role'] + ': ' + message['content'] + '</s>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<s>assistant: ' }}{% endif %}"
+)
+"""For tests that chat; the tiny tokenizer has none of its own."""
 STUDENT_PLAN = "A0F0 A1F1+2 -F3 A4 A5F5"
 """A fused FFN with an attention, an FFN without, an attention without FFN."""
 

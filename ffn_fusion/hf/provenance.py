@@ -1,5 +1,6 @@
 """What text a student has seen, by the records of the stages that made it."""
 
+from ffn_fusion.core.align_records import AlignResult
 from ffn_fusion.core.heal_records import HealResult
 from ffn_fusion.core.records import FuseResult
 from ffn_fusion.folder import read_record, stage_of
@@ -12,4 +13,6 @@ def texts_behind(student: ModelFolder) -> list[str]:
     if stage == "fuse":
         sample = read_record(student.folder, FuseResult).result.sample
         return sample.sources if sample else []
-    return read_record(student.folder, HealResult).result.texts if stage == "heal" else []
+    if stage == "heal":
+        return read_record(student.folder, HealResult).result.texts
+    return read_record(student.folder, AlignResult).result.texts if stage == "align" else []

@@ -7,7 +7,7 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from ffn_fusion.core.records import Sample
 from ffn_fusion.errors import UserError
 from ffn_fusion.hf.builtin import PREFIX, builtin_text
 from ffn_fusion.settings import Text
+
+if TYPE_CHECKING:
+    from pyarrow import Table
 
 Part = Literal["all", "measure", "fit"]
 PIECE_CHARS = 20_000
@@ -105,7 +108,7 @@ def documents(spec: str, column: str, tokenizer: PreTrainedTokenizerBase | None 
 
 def _file(path: Path, column: str, tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
     if path.suffix == ".jsonl":
-        return _texts([_field(row, column, path) for row in _json_lines(path)], tokenizer)
+        return _texts([_field(row, column, path) for _, row in json_lines(path)], tokenizer)
     if path.suffix in (".parquet", ".arrow"):
         return _texts(_table_column(path, column), tokenizer)
     return [_read(path)]
@@ -138,7 +141,8 @@ def _no_column(where: str, column: str, found: list[str]) -> UserError:
     return UserError(f"{where} has no text column {column!r}; it has {', '.join(found)} (choose with --column)")
 
 
-def _json_lines(path: Path) -> Iterator[dict[str, object]]:
+def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Number and object of each line of a JSONL file; `UserError` at the first that is none."""
     # Not splitlines(): JSON strings may hold the other line separators of Unicode.
     for number, line in enumerate(_read(path).split("\n"), start=1):
         if not line.strip():
@@ -149,23 +153,28 @@ def _json_lines(path: Path) -> Iterator[dict[str, object]]:
             raise UserError(f"{path} line {number} is not JSON: {error}") from None
         if not isinstance(row, dict):
             raise UserError(f"{path} line {number} is no JSON object")
-        yield row
+        yield number, row
 
 
-def _field(row: dict[str, object], column: str, path: Path) -> Any:
+def _field(row: dict[str, Any], column: str, path: Path) -> Any:
     if not isinstance(row.get(column), (str, list)):
         raise _no_column(str(path), column, list(row))
     return row[column]
 
 
-def _table_column(path: Path, column: str) -> list[Any]:
+def read_table(path: Path) -> "Table":
+    """A parquet or Arrow file; `UserError` if it is none."""
     import pyarrow as pa  # heavy, and only tables need it
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(path) if path.suffix == ".parquet" else pa.ipc.open_stream(path).read_all()
+        return pq.read_table(path) if path.suffix == ".parquet" else pa.ipc.open_stream(path).read_all()
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
+
+
+def _table_column(path: Path, column: str) -> list[Any]:
+    table = read_table(path)
     if column not in table.column_names:
         raise _no_column(str(path), column, table.column_names)
     found: list[Any] = table[column].to_pylist()

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from ffn_fusion.core.align_records import AlignResult
 from ffn_fusion.core.block_records import BldResult
 from ffn_fusion.core.comparison import METHODS, SOLVER, Series
 from ffn_fusion.core.cost_records import CostResult
@@ -26,6 +27,7 @@ TYPES: dict[str, type[Any]] = {
     "search": SearchResult,
     "fuse": FuseResult,
     "heal": HealResult,
+    "align": AlignResult,
     "eval": EvalResult,
     "bench": BenchResult,
     "export": ExportResult,
@@ -109,6 +111,7 @@ class Records:
     search: list[Entry[SearchResult]]
     fuse: list[Entry[FuseResult]]
     heal: list[Entry[HealResult]]
+    align: list[Entry[AlignResult]]
     eval: list[Entry[EvalResult]]
     bench: list[Entry[BenchResult]]
     export: list[Entry[ExportResult]]
@@ -170,6 +173,7 @@ class Records:
         names += [e.result.target for e in self.speculate]
         names += [e.result.model for e in self.score] + [e.result.model for e in self.cost]
         names += [e.result.parent for e in self.bld] + [e.result.parent for e in self.heal]
+        names += [e.result.model for e in self.align]
         return names[0] if names else ""
 
 

@@ -1,0 +1,16 @@
+"""Log-probabilities of a model's answers, token by token those that are to be learnt."""
+
+import torch
+from transformers import PreTrainedModel
+
+from ffn_fusion.core.losses import nll
+from ffn_fusion.hf.records import IGNORED, Answer
+
+
+@torch.no_grad()
+def log_probability(model: PreTrainedModel, answer: Answer) -> float:
+    """Sum over the answer's tokens, in nats."""
+    ids, labels = (torch.tensor(each, device=model.device) for each in (answer.ids, answer.labels))
+    logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
+    learnt = labels[1:].to(logits.device) != IGNORED
+    return -float(nll(logits[learnt], labels[1:].to(logits.device)[learnt]).sum())

@@ -13,6 +13,7 @@ from conftest import FAMILIES, NUM_LAYERS, STUDENT_PLAN, save_tiny_parent
 from transformers import DynamicCache
 
 from ffn_fusion import cli
+from ffn_fusion.core.bench_records import BenchResult
 from ffn_fusion.core.cost import BlockShape, ParameterCounts, shapes_of
 from ffn_fusion.core.cost_table import (
     Communication,
@@ -25,12 +26,12 @@ from ffn_fusion.core.cost_table import (
     check_table,
 )
 from ffn_fusion.core.plan import Plan
-from ffn_fusion.core.records import BenchResult
 from ffn_fusion.errors import UserError
 from ffn_fusion.folder import read_record
 from ffn_fusion.hf import arena, timing
-from ffn_fusion.hf.collectives import check_ranks, measure_communication
+from ffn_fusion.hf.collectives import measure_communication
 from ffn_fusion.hf.model import ModelFolder
+from ffn_fusion.hf.ranks import check_ranks
 from ffn_fusion.hf.resolve import resolve_model
 from ffn_fusion.hf.stacks import Stack, facts_of, read_costs
 from ffn_fusion.hf.timing import Step

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, VOCAB_SIZE, save_tiny_parent
+from conftest import FAMILIES, VOCAB_SIZE
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from ffn_fusion.hf.decode import Decoder, DecodeStep
 from ffn_fusion.hf.model import ModelFolder
-from ffn_fusion.hf.sublayers import Cache, Rank
+from ffn_fusion.hf.sublayers import Cache
 
 Parents = Callable[[str], Path]
 TOLERANCE = 1e-5

@@ -1,7 +1,7 @@
 """Released models by their sizes alone: what a bench can be made of without a checkpoint.
 
-Sources: the configurations of Llama-3.1, SmolLM2, Llama-3_3-Nemotron-Super-49B-v1 and Llama-3_1-Nemotron-Ultra-253B-v1;
-the fused groups of FFN Fusion (arXiv 2503.18908). A shape names a parent and, where there is one, the plan of its student.
+Sources: the configurations of Llama-3.1, SmolLM2, Llama-3_3-Nemotron-Super-49B-v1, Llama-3_1-Nemotron-Ultra-253B-v1;
+the fused groups of FFN Fusion (arXiv 2503.18908).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -82,12 +82,14 @@ SMOLLM2 = _llama(
     tie_word_embeddings=True,
 )
 TWELVE_REMOVED = plan_of(
-    [(0, 16, True, 14336), (17, 22, False, 6 * 14336), (23, 27, False, 5 * 14336), (28, 28, False, 14336)]
-    + [(29, 31, True, 14336)],
+    [
+        *((0, 16, True, 14336), (17, 22, False, 6 * 14336), (23, 27, False, 5 * 14336)),
+        *((28, 28, False, 14336), (29, 31, True, 14336)),
+    ],
     14336,
     groups=[(17, 22), (23, 27)],
 )
-"""Attention removed in 17 to 28 of Llama-3.1-8B; 17 to 22 and 23 to 27 fused, 28 left as the paper leaves a last one."""
+"""Attention removed in 17 to 28 of Llama-3.1-8B; 17 to 22 and 23 to 27 fused, 28 left out as the paper does."""
 
 _SUPER: list[Span] = [
     *((0, 0, True, 14336), (1, 5, True, 28672), (6, 7, False, 14336), (8, 10, True, 28672), (11, 11, False, 17920)),

@@ -51,8 +51,8 @@ class Decoder:
         # A skeleton has no frequencies; they are few, so they are made anew for any model.
         self.rotary = type(trunk.rotary_emb)(config=config)
         self.table = settle(trunk.embed_tokens.weight)
-        scale = getattr(trunk.embed_tokens, "scalar_embed_scale", None) or getattr(trunk, "embedding_multiplier", 1.0)
-        self.embedding_scale = float(scale)
+        scale: float | None = getattr(trunk.embed_tokens, "scalar_embed_scale", None)
+        self.embedding_scale = float(getattr(trunk, "embedding_multiplier", 1.0) if scale is None else scale)
         kinds = [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers]
         self.sublayers: list[nn.Module] = []
         self.windows: list[int | None] = []
@@ -139,7 +139,7 @@ def compiled(how: Compile) -> Callable[..., Any]:
     if how == "off":
         return _call
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = MANY
-    options = {"coordinate_descent_tuning": True} if how == "tuned" else {}
+    options: dict[str, Any] = {"coordinate_descent_tuning": True} if how == "tuned" else {}
     return torch.compile(_call, fullgraph=True, dynamic=False, options=options)
 
 

@@ -7,6 +7,7 @@ Shapes: B sequences, T tokens of the call, L tokens attended to, d hidden size, 
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,7 +23,8 @@ Settle = Callable[[Tensor], Tensor]
 """A merged weight → where it is to live: on a device, or in memory that models to be timed share."""
 
 
-class Rank(NamedTuple):
+@dataclass(frozen=True)
+class Rank:
     """One of the parts that a model is split into."""
 
     index: int = 0
@@ -183,13 +185,20 @@ class FfnStep(nn.Module):
     """x + update, and what the FFN makes of it."""
 
     def __init__(
-        self, ffn: nn.Module, norm: nn.Module, activation: str, arch: Arch, rank: Rank, settle: Settle, multiplier: float
+        self,
+        ffn: nn.Module,
+        norm: nn.Module,
+        activation: str,
+        arch: Arch,
+        rank: Rank,
+        settle: Settle,
+        multiplier: float,
     ) -> None:
         super().__init__()
         self.norm = Norm(norm, settle, arch.norm_offset)
         inputs: list[nn.Module] = [getattr(ffn, name) for name in arch.inputs]
         if arch.parts == 2:
-            width = inputs[0].weight.shape[0] // 2  # type: ignore[operator, index]
+            width = inputs[0].weight.shape[0] // 2  # type: ignore[index]
             inputs = [Packed(inputs[0], start, width) for start in (0, width)]  # type: ignore[arg-type]
         self.gated = len(inputs) == 2
         self.inputs = Merged(inputs, [rank.rows] * len(inputs), settle)

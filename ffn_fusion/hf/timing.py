@@ -7,7 +7,6 @@ timed but their running. That needs a cache that neither grows nor moves.
 import time
 from collections.abc import Callable, Sequence
 from math import prod
-from statistics import median, quantiles
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from ffn_fusion.core.records import Spread
 from ffn_fusion.hf.arena import aligned
 from ffn_fusion.progress import track
 
@@ -186,15 +184,20 @@ class Step(Repeated):
             self.ids.copy_(token)
 
 
-def elapsed_ms(step: Repeated, times: int = 1) -> float:
-    """Milliseconds of a call, mean over `times` calls in a row; on a GPU of its work there, between two events."""
+def elapsed_ms(step: Repeated, times: int = 1, meet: Callable[[], object] = lambda: None) -> float:
+    """Milliseconds of a call, mean over `times` calls in a row; on a GPU of its work there, between two events.
+
+    `meet` brings ranks together before the clock starts.
+    """
     if step.device.type != "cuda":
+        meet()
         start = time.perf_counter()
         for _ in range(times):
             step.run()
         return (time.perf_counter() - start) * 1e3 / times
     with torch.cuda.device(step.device):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        meet()
         begin.record()
         for _ in range(times):
             step.run()
@@ -225,11 +228,3 @@ def interleaved(steps: Sequence[Repeated], repeats: int, label: str) -> list[lis
             flush()
             kept.append(elapsed_ms(step))
     return times
-
-
-def spread(values: list[float]) -> Spread:
-    """Median and quartiles."""
-    if len(values) < 2:
-        return Spread(values[0], values[0], values[0])
-    low, _, high = quantiles(values, n=4, method="inclusive")
-    return Spread(median(values), low, high)

@@ -19,8 +19,9 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
+from ffn_fusion.core.bench_records import BenchRow
 from ffn_fusion.core.plan import Plan
-from ffn_fusion.core.records import BenchRow, Geometry
+from ffn_fusion.core.records import Geometry
 from ffn_fusion.core.stats import Estimate
 
 INK, MUTED, RULE = "#1c2024", "#656d76", "#dfe2e6"

@@ -6,12 +6,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from ffn_fusion.core.bench_records import BenchResult
 from ffn_fusion.core.block_records import BldResult
 from ffn_fusion.core.comparison import METHODS, SOLVER, Series
 from ffn_fusion.core.cost_records import CostResult
 from ffn_fusion.core.engine_records import ExportResult, SpeculateResult
 from ffn_fusion.core.plan import Plan
-from ffn_fusion.core.records import AnalyzeResult, BenchResult, EvalResult, FuseResult, Sample
+from ffn_fusion.core.records import AnalyzeResult, EvalResult, FuseResult, Sample
 from ffn_fusion.core.search_records import ScoreResult, SearchResult
 from ffn_fusion.errors import UserError
 from ffn_fusion.folder import RECORD, Record, read_record

@@ -259,13 +259,13 @@ def test_where_memory_is_short_smaller_stacks_are_tried(
     monkeypatch.setattr(timing, "elapsed_ms", values)
     model = str(tiny_parent("llama"))
     whole = Stack(resolve_model(model), resolve_model(model).shapes).num_values(1, 256)
-    monkeypatch.setattr(arena, "_available", lambda: 4 * whole * 0.8)
+    monkeypatch.setattr(arena, "available", lambda _: 4 * whole * 0.8)
     options = ["--repeats", "2", "--prompt-length", "8", "--new-tokens", "4"]
     result = cost(model, out=tmp_path / "half", repeats=2, prompt_length=8, new_tokens=4).result
     assert result.depth == NUM_LAYERS // 2
     assert abs(result.worst_decode_error) < 1e-9
     assert f"whole models had {NUM_LAYERS // 2} of {NUM_LAYERS} layers" in result.summary()
-    monkeypatch.setattr(arena, "_available", lambda: 1e4)
+    monkeypatch.setattr(arena, "available", lambda _: 1e4)
     assert cli._status(["cost", model, "--out", str(tmp_path / "none"), *options]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("ffn-fusion: the memory of CPU")
 
@@ -342,7 +342,7 @@ def test_what_cannot_be_captured_runs_eagerly_and_says_so(
         yield
         raise RuntimeError("operation not permitted\nwhen stream is capturing")
 
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda **_: object())
     monkeypatch.setattr(torch.cuda, "graph", refusing)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     step = Step(ModelFolder(tiny_parent("llama")).load(torch.float32, "cpu"), 1, past=5, new=1)

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ffn_fusion.core.cost import BlockShape, Cost, ParameterCounts, shapes_of
 from ffn_fusion.core.plan import Attention, Block, Ffn, Plan
 from ffn_fusion.errors import UserError
 
@@ -151,3 +152,24 @@ def steps_of(parent: Plan, plan: Plan | None) -> dict[str, Plan]:
     if plan is not None and plan.groups:
         steps["fused"] = plan
     return steps
+
+
+def cost_of_shape(config: Mapping[str, Any], plan: Plan, bytes_per_value: int) -> Cost:
+    """Counts of a plan on a Llama of these sizes, without building it."""
+    hidden, heads, words = config["hidden_size"], config["num_attention_heads"], config["vocab_size"]
+    head_dim, embedding = hidden // heads, words * hidden
+    tied = bool(config["tie_word_embeddings"])
+    counts = ParameterCounts(
+        outside=embedding * (1 if tied else 2) + hidden,
+        embedding=0 if tied else embedding,
+        attention=hidden + 2 * hidden * heads * head_dim,
+        kv_head=2 * hidden * head_dim,
+        ffn=hidden,
+        channel=3 * hidden,
+        linear_attention=hidden + hidden * hidden,
+        linear_ffn=hidden + hidden * hidden,
+    )
+    layer = BlockShape(config["num_key_value_heads"], config["intermediate_size"])
+    multiple = 1 if plan == Plan.identity(config["num_hidden_layers"]) else UNIT
+    blocks = shapes_of(plan.blocks, [layer] * config["num_hidden_layers"], multiple)
+    return Cost(blocks, counts.total(blocks), counts.embedding, head_dim, bytes_per_value)

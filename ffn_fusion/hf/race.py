@@ -21,6 +21,7 @@ from ffn_fusion.core.cost_table import Scenario
 from ffn_fusion.hf.arena import Arena, aligned, available
 from ffn_fusion.hf.decode import Compile, Decoder, DecodeStep
 from ffn_fusion.hf.energy import energy_counter
+from ffn_fusion.hf.kernels import count_kernels
 from ffn_fusion.hf.model import ModelFolder, skeleton
 from ffn_fusion.hf.ranks import Ranks, joined
 from ffn_fusion.hf.sublayers import Rank, Settle
@@ -110,6 +111,8 @@ class _Runner:
         self.dtype: torch.dtype = getattr(torch, order.dtype)
         self.reasons = [""] * len(order.folders)
         on_gpu = self.device.type == "cuda"
+        # Of torch's kernels for one query, only FlashAttention's splits the cache over the whole GPU.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         bandwidth = copy_bandwidth(self.device)
         memory = torch.cuda.get_device_properties(self.device).total_memory / 1e9 if on_gpu else None
         self.entrants = self._random() if order.random else [self._loaded(ModelFolder(Path(f))) for f in order.folders]
@@ -202,7 +205,7 @@ class _Runner:
     def _timed(self, pair: tuple[Repeated, Repeated], times: list[tuple[float, float]]) -> Timed:
         prefill, decode = ([*column] for column in zip(*times, strict=True))
         hows = sorted({f"{step.how} {step.note}".strip() for step in pair})
-        kernels = count_kernels(pair[1])
+        kernels = count_kernels(pair[1].graph) if pair[1].graph else None
         return Timed(prefill, decode, "; ".join(hows), kernels, self._joules(pair[1], median(decode)))
 
     def _joules(self, step: Repeated, ms: float) -> float | None:
@@ -253,21 +256,6 @@ def copy_bandwidth(device: torch.device) -> float:
     elapsed_ms(copy)
     best = min(elapsed_ms(copy, 5) for _ in range(5))
     return 2e3 * len(source) / best
-
-
-def count_kernels(step: Repeated) -> int | None:
-    """Kernels that a call starts on a GPU; None on a CPU, or where the profiler sees none."""
-    if step.device.type != "cuda":
-        return None
-    try:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            step.call()
-            torch.cuda.synchronize(step.device)
-    except RuntimeError:
-        return None
-    found = [event for event in profile.events() or () if event.device_type == torch.autograd.DeviceType.CUDA]  # type: ignore[attr-defined]
-    # Copies within the device are no kernels of ours, and collectives are listed once more as annotations.
-    return sum(not event.is_user_annotation and not event.name.startswith(("Mem", "nccl:")) for event in found) or None
 
 
 def main(order: dict[str, object]) -> None:

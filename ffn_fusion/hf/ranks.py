@@ -3,11 +3,13 @@
 `run_ranks` starts a module of ours once a rank; in each of them `joined` brings it together with the others.
 """
 
+import gc
 import json
 import os
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -123,6 +125,14 @@ def joined(order: Mapping[str, Any]) -> Iterator[Ranks]:
     dist.init_process_group(
         "nccl" if on_gpu else "gloo", init_method=f"file://{order['store']}", rank=index, world_size=number
     )
-    yield Ranks(Rank(index, number), device)
+    try:
+        yield Ranks(Rank(index, number), device)
+    except BaseException as error:
+        # At once: a process group waits for the others before it lets a process end.
+        said = str(error) if isinstance(error, UserError) else traceback.format_exc()
+        print(said, file=sys.stderr, flush=True)
+        os._exit(1)
+    # NCCL waits for graphs that hold its kernels.
+    gc.collect()
     dist.barrier()
     dist.destroy_process_group()

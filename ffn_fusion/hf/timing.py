@@ -134,9 +134,8 @@ class Repeated:
                 self._capture(pool)
 
     def _capture(self, pool: Any) -> None:
-        # What was queued must be done: capturing forbids waiting for it.
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
+        # Kept, so that its kernels can be counted.
+        graph = torch.cuda.CUDAGraph(keep_graph=True)
         try:
             # NCCL's watchdog thread asks for events meanwhile, which the global mode forbids.
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
@@ -147,6 +146,7 @@ class Repeated:
             torch.cuda.synchronize()
             self.note = f"not captured: {' '.join(str(error).split())[:120]}"
         else:
+            graph.instantiate()
             self.graph = graph
 
 

@@ -1,51 +1,27 @@
 """`bench`: prefill and decode time of a parent and its students, interleaved in one engine, beside the limit."""
 
-import json
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
 from importlib.metadata import version
-from math import prod
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from cyclopts import Parameter
 
 from ffn_fusion.core.bench_records import BenchResult
-from ffn_fusion.core.cost import Cost
-from ffn_fusion.core.laps import Split, Subject, failures_of, models_of, rows_of
-from ffn_fusion.core.shapes import Shape, shape_of, steps_of
+from ffn_fusion.core.laps import Split
 from ffn_fusion.errors import UserError
 from ffn_fusion.folder import Environment, Record, StageFolder, run_stage
-from ffn_fusion.hf.checkpoint import read_json
 from ffn_fusion.hf.decode import Compile
-from ffn_fusion.hf.machine import DTYPES, device_map, pick_device, pick_dtype, where
-from ffn_fusion.hf.model import ModelFolder, copy_companions, expected_specs, student_config
-from ffn_fusion.hf.race import Race, race, read_laps
-from ffn_fusion.hf.ranks import Ranks, check_ranks, run_ranks
-from ffn_fusion.hf.resolve import labels, read_plan, resolve_model
-from ffn_fusion.hf.sublayers import Rank
+from ffn_fusion.hf.machine import DTYPES, pick_device, pick_dtype, where
+from ffn_fusion.hf.ranks import check_ranks
+from ffn_fusion.hf.resolve import labels, resolve_model
 from ffn_fusion.serving.engines import ENGINES
-from ffn_fusion.serving.latency import Contest, hold_contest
 from ffn_fusion.serving.parallel import check_tensor_parallel
 from ffn_fusion.settings import Above0, Machine, Positive
-
-RACE = "ffn_fusion.hf.race"
-ANSWER = "laps.jsonl"
-IN_PROCESSES = ("vllm", "llama.cpp")
-"""Engines that run in processes of their own."""
-Engine = Literal["auto", "torch", "transformers", "vllm", "llama.cpp"]
-
-
-@dataclass(frozen=True)
-class _Model:
-    """A model to be timed: its folder, which holds a configuration alone where the weights shall be random."""
-
-    name: str
-    step: str
-    plan: str
-    folder: ModelFolder
+from ffn_fusion.stages.entrants import named, of_shape, read_shape
+from ffn_fusion.stages.timekeeper import ANSWER, IN_PROCESSES, Engine, Timekeeper
 
 
 def bench(
@@ -107,216 +83,54 @@ def bench(
     untested
         Go on with an engine version outside the tested range.
     """
-    chosen: Engine = ("transformers" if machine.device == "balanced" else "torch") if engine == "auto" else engine
-    _check_options(chosen, models, shape, plan, compile, Split(tensor_parallel, slice_of), machine)
-    device = pick_device(machine)
-    check_ranks(tensor_parallel, device)
+    if engine == "auto":
+        engine = "transformers" if machine.device == "balanced" else "torch"
     python = engine_python or sys.executable
-    ran = _Ran(
-        engine=chosen,
-        python=python,
-        version=ENGINES[chosen].version(python, untested) if chosen in IN_PROCESSES else version("torch"),
-        compile=compile,
-        fp8=fp8,
-        split=Split(tensor_parallel, slice_of),
-        scenarios=[(batch, prompt) for prompt in prompt_lengths for batch in batch_sizes],
-        new_tokens=new_tokens,
-        repeats=repeats,
-        timeout=timeout,
-    )
-    settings = {name: value for name, value in asdict(ran).items() if name not in ("python", "timeout")}
+    scenarios = [(batch, prompt) for prompt in prompt_lengths for batch in batch_sizes]
+    split = Split(tensor_parallel, slice_of)
+    keeper = Timekeeper(engine, python, compile, fp8, split, scenarios, new_tokens, repeats, timeout)
+    _check(keeper, models, shape, plan, machine)
+    check_ranks(tensor_parallel, pick_device(machine))
+    tested = ENGINES[engine].version(python, untested) if engine in IN_PROCESSES else version("torch")
+    inputs: dict[str, Any] = keeper.settings | {"version": tested}
     if shape:
-        source = _shape(shape)
+        source = read_shape(shape)
         dtype = DTYPES.get(machine.dtype, torch.bfloat16)
-        identity: dict[str, Any] = {"shape": source.config, "plan": plan or source.plan}
+        inputs |= {"shape": source.config, "plan": plan or source.plan}
     else:
         folders = [resolve_model(name) for name in models]
         dtype = pick_dtype(machine, folders[0].checkpoint)
-        identity = {"models": [folder.fingerprint for folder in folders], "names": labels(models)}
+        inputs |= {"models": [folder.fingerprint for folder in folders], "names": labels(models)}
+    here = where(machine, dtype)
 
     def work(folder: StageFolder) -> tuple[BenchResult, Environment]:
-        if shape:
-            entered = _steps(shape, source, plan, folder.state / "models")
-        else:
-            steps = ["parent", *["student"] * (len(folders) - 1)]
-            plans = [str(own.plan) for own in folders]
-            entered = list(map(_Model, labels(models), steps, plans, folders))
-        for one in entered:
-            check_tensor_parallel(one.folder, ran.split.devices)
-        return ran.result(entered, bool(shape), dtype, machine, folder.state / ANSWER), where(machine, dtype)
+        entered = of_shape(shape, source, plan, folder.state / "models") if shape else named(models, folders)
+        for entrant in entered:
+            check_tensor_parallel(entrant.folder, split.devices)
+        result = keeper.result(entered, bool(shape), dtype, machine, folder.state / ANSWER, tested)
+        return result, where(machine, dtype)
 
-    inputs = {**identity, **settings, "dtype": str(dtype), "device": where(machine, dtype).device}
-    return run_stage("bench", out, inputs, BenchResult, work)
+    return run_stage("bench", out, inputs | {"dtype": str(dtype), "device": here.device}, BenchResult, work)
 
 
-@dataclass(frozen=True)
-class _Ran:
-    """How models are timed."""
-
-    engine: Engine
-    python: str
-    version: str
-    compile: Compile
-    fp8: bool
-    split: Split
-    scenarios: list[tuple[int, int]]
-    new_tokens: int
-    repeats: int
-    timeout: float
-
-    def result(
-        self, models: Sequence[_Model], random: bool, dtype: torch.dtype, machine: Machine, answer: Path
-    ) -> BenchResult:
-        costs = [cost_of(model.folder, dtype) for model in models]
-        if self.engine in IN_PROCESSES:
-            fault = self._contest(models, costs, random, dtype, pick_device(machine), answer)
-        else:
-            fault = self._race(models, random, dtype, machine, answer)
-        # In FP8 every value counts as one byte, which is the least that moves.
-        counted = [replace(cost, bytes_per_value=1) if self.fp8 else cost for cost in costs]
-        subjects = [Subject(m.name, m.step, m.plan, cost) for m, cost in zip(models, counted, strict=True)]
-        site, laps = read_laps(answer)
-        failures = failures_of(subjects, site, laps, self.scenarios, fault)
-        rows = rows_of(subjects, site, laps, self.new_tokens, self.split) if site else []
-        if site is None or not rows:
-            raise UserError(fault or "; ".join(map(str, failures)))
-        hows = sorted({row.how for row in rows})
-        return BenchResult(
-            models=models_of(subjects, site, self.split),
-            rows=rows,
-            prompt_length=self.scenarios[0][1],
-            new_tokens=self.new_tokens,
-            repeats=self.repeats,
-            copy_gb_per_s=site.copy_gb_per_s,
-            how=f"{' or '.join(hows)}, with a cache of fixed size{self._compiled}",
-            engine=self.engine,
-            engine_version=self.version,
-            tensor_parallel=self.split.ranks,
-            slice=self.split.slices,
-            dtype="fp8" if self.fp8 else str(dtype).removeprefix("torch."),
-            device_gb=site.device_gb,
-            failures=failures,
-        )
-
-    @property
-    def _compiled(self) -> str:
-        return {"off": "", "on": ", compiled", "tuned": ", compiled and tuned"}[self.compile]
-
-    def _race(self, models: Sequence[_Model], random: bool, dtype: torch.dtype, machine: Machine, answer: Path) -> str:
-        """In torch, in this process or in one for each rank; what ended it early, or nothing."""
-        order = Race(
-            folders=[str(model.folder.folder.resolve()) for model in models],
-            random=random,
-            engine="torch" if self.engine == "torch" else "transformers",
-            device_map=device_map(machine),
-            dtype=str(dtype).removeprefix("torch."),
-            compile=self.compile,
-            slice=self.split.slices,
-            scenarios=self.scenarios,
-            new_tokens=self.new_tokens,
-            repeats=self.repeats,
-            answer=str(answer.resolve()),
-        )
-        device, ranks = pick_device(machine), self.split.ranks
-        if ranks == 1:
-            race(order, Ranks(Rank(), device))
-            return ""
-        try:
-            limit = self.timeout * (1 + len(self.scenarios))
-            run_ranks(RACE, {"race": asdict(order)}, ranks, device.type, limit, f"timing on {ranks} ranks")
-        except UserError as error:
-            return str(error)
-        return ""
-
-    def _contest(
-        self,
-        models: Sequence[_Model],
-        costs: Sequence[Cost],
-        random: bool,
-        dtype: torch.dtype,
-        device: torch.device,
-        answer: Path,
-    ) -> str:
-        contest = Contest(
-            engine=self.engine,
-            python=self.python,
-            folders=[model.folder for model in models],
-            costs=costs,
-            random=random,
-            dtype=dtype,
-            fp8=self.fp8,
-            ranks=self.split.ranks,
-            scenarios=self.scenarios,
-            new_tokens=self.new_tokens,
-            repeats=self.repeats,
-            timeout=self.timeout,
-            device=device,
-        )
-        hold_contest(contest, answer)
-        return ""
-
-
-def cost_of(folder: ModelFolder, dtype: torch.dtype) -> Cost:
-    """Counts of a model folder, which may hold a configuration alone."""
-    sizes = {name: prod(shape) for name, shape in expected_specs(folder.config)[0].items()}
-    embedding = 0 if folder.config.tie_word_embeddings else sizes["model.embed_tokens.weight"]
-    return Cost(folder.shapes, sum(sizes.values()), embedding, folder.head_dim, dtype.itemsize)
-
-
-def _check_options(
-    engine: Engine,
-    models: Sequence[str],
-    shape: str | None,
-    plan: str | None,
-    compile: Compile,
-    split: Split,
-    machine: Machine,
-) -> None:
+def _check(keeper: Timekeeper, models: Sequence[str], shape: str | None, plan: str | None, machine: Machine) -> None:
     """`UserError` for options that do not go together."""
-    wrong = {
-        "name models to time, or a --shape, not both": bool(models) == bool(shape),
-        "--plan is the student's on a --shape; build it with `fuse` to time it with its weights": plan and not shape,
-        f"--shape has random weights, which are timed in torch and vllm, not in {engine}": shape
-        and engine not in ("torch", "vllm"),
-        f"--tensor-parallel is for torch and vllm, not for {engine}": split.ranks > 1
-        and engine not in ("torch", "vllm"),
-        "--slice times one rank alone, in torch; leave out --tensor-parallel or --engine": split.slices > 1
-        and (split.ranks > 1 or engine != "torch"),
-        f"--compile is for torch, not for {engine}": compile != "off" and engine != "torch",
-        "--device balanced spreads a model over GPUs by transformers; choose --engine transformers": machine.device
-        == "balanced"
-        and engine != "transformers",
+    engine, split = keeper.engine, keeper.split
+    splits = engine in ("torch", "vllm")
+    balanced = machine.device == "balanced"
+    rules = {
+        "name models to time, or a --shape, and not both": bool(models) != bool(shape),
+        "--plan is the student's on a --shape; `fuse` builds it with weights": not plan or bool(shape),
+        f"--shape has random weights, which torch and vllm take, not {engine}": not shape or splits,
+        f"--tensor-parallel is for torch and vllm, not for {engine}": split.ranks == 1 or splits,
+        f"--slice is for torch, not for {engine}": split.slices == 1 or engine == "torch",
+        "--slice times one rank alone; leave out --tensor-parallel": 1 in (split.slices, split.ranks),
+        f"--compile is for torch, not for {engine}": keeper.compile == "off" or engine == "torch",
+        "--fp8 is for vllm on a GPU": not keeper.fp8 or (engine == "vllm" and machine.device != "cpu"),
+        "llama.cpp is timed at batch 1; say --batch-sizes 1": engine != "llama.cpp" or keeper.batch_sizes == [1],
+        "--device balanced spreads a model by transformers; choose --engine transformers": not balanced
+        or engine == "transformers",
     }
-    found = next((text for text, applies in wrong.items() if applies), None)
-    if found:
-        raise UserError(found)
-
-
-def _shape(name: str) -> Shape:
-    """A named shape, or a config.json as one."""
-    path = Path(name).expanduser()
-    path = path / "config.json" if path.is_dir() else path
-    return Shape(read_json(path)) if path.is_file() else shape_of(name)
-
-
-def _steps(name: str, shape: Shape, plan: str | None, state: Path) -> list[_Model]:
-    """The parent of a shape, its student with nothing fused, and fused, as folders without weights."""
-    parent = _folder(state / "parent", shape.config)
-    wanted = plan or shape.plan
-    steps = steps_of(parent.plan, read_plan(wanted, parent) if wanted else None)
-    models = []
-    for step, own in steps.items():
-        folder = parent
-        if step != "parent":
-            folder = _folder(state / step, student_config(parent, own).to_dict())
-            copy_companions(parent.folder, folder.folder)
-        # A path is long, and all steps have the same.
-        label = Path(name).name if Path(name).exists() else name
-        models.append(_Model(f"{label}, {step}", step, str(own), folder))
-    return models
-
-
-def _folder(path: Path, config: Mapping[str, Any]) -> ModelFolder:
-    path.mkdir(parents=True, exist_ok=True)
-    (path / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
-    return ModelFolder(path)
+    broken = next((rule for rule, holds in rules.items() if not holds), None)
+    if broken:
+        raise UserError(broken)

@@ -328,7 +328,7 @@ def test_bench_times_the_same_steps_and_reads_older_records(
     assert read.how == "eager, with a cache that grows"
     assert [read.prompt_of(row) for row in read.rows] == [9, 9]
     assert read.rows[1].decode_ms == result.rows[1].decode_ms
-    assert "qwen2" in read.summary()
+    assert "parent " in read.summary()
 
 
 def test_uneven_parents_are_timed_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

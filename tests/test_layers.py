@@ -22,8 +22,9 @@ MAY_IMPORT = {
     "errors": set(),
 }
 PARTS = {
-    "stages.report": {"stages.figures", "stages.figures_search", "stages.gather"},
+    "stages.report": {"stages.figures", "stages.figures_search", "stages.figures_speed", "stages.gather"},
     "stages.figures_search": {"stages.figures"},
+    "stages.figures_speed": {"stages.figures"},
     "stages.search": {"stages.evidence", "stages.greedy", "stages.puzzle"},
     "stages.puzzle": {"stages.evidence"},
     "stages.bench": {"stages.entrants", "stages.timekeeper"},

@@ -252,7 +252,8 @@ def _lap(contest: Contest, scenario: tuple[int, int], engines: dict[int, Process
 
 
 def _finished(contest: Contest, scenario: tuple[int, int], columns: Sequence[_Column], note: str) -> Lap:
-    how = "; ".join(filter(None, ("as it is" if contest.device.type == "cuda" else "eager", note)))
+    eager = contest.engine == "vllm" and contest.device.type == "cpu"
+    how = "; ".join(filter(None, ("eager" if eager else "as it is", note)))
     timed: list[Timed | None] = []
     for column in columns:
         whole = len(column.times) == contest.repeats

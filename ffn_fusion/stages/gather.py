@@ -11,6 +11,8 @@ from ffn_fusion.core.block_records import BldResult
 from ffn_fusion.core.comparison import METHODS, SOLVER, Series
 from ffn_fusion.core.cost_records import CostResult
 from ffn_fusion.core.engine_records import ExportResult, SpeculateResult
+from ffn_fusion.core.ffn_records import FfnResult
+from ffn_fusion.core.latency import LatencyResult
 from ffn_fusion.core.plan import Plan
 from ffn_fusion.core.records import AnalyzeResult, EvalResult, FuseResult, Sample
 from ffn_fusion.core.search_records import ScoreResult, SearchResult
@@ -27,6 +29,8 @@ TYPES: dict[str, type[Any]] = {
     "fuse": FuseResult,
     "eval": EvalResult,
     "bench": BenchResult,
+    "ffn": FfnResult,
+    "latency": LatencyResult,
     "export": ExportResult,
     "speculate": SpeculateResult,
 }
@@ -107,6 +111,8 @@ class Records:
     fuse: list[Entry[FuseResult]]
     eval: list[Entry[EvalResult]]
     bench: list[Entry[BenchResult]]
+    ffn: list[Entry[FfnResult]]
+    latency: list[Entry[LatencyResult]]
     export: list[Entry[ExportResult]]
     speculate: list[Entry[SpeculateResult]]
 

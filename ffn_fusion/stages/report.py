@@ -19,7 +19,7 @@ from ffn_fusion.core.score_grid import grid, row_of
 from ffn_fusion.core.stats import Estimate
 from ffn_fusion.errors import UserError
 from ffn_fusion.folder import write_atomically
-from ffn_fusion.stages import figures, figures_search
+from ffn_fusion.stages import figures, figures_search, figures_speed
 from ffn_fusion.stages.figures import Bar
 from ffn_fusion.stages.gather import Entry, Records, read_all
 
@@ -90,6 +90,7 @@ def render(records: Records) -> str:
         dash=NO_VALUE,
         question=QUESTION,
         drawn=figures_search,
+        speeds=figures_speed,
         compared=comparison,
         grid=grid,
         row_of=row_of,
@@ -173,7 +174,7 @@ def _quality(records: Records) -> Iterator[Headline]:
 
 
 def _speed(records: Records) -> Iterator[Headline]:
-    rows = [row for entry in records.bench for row in entry.result.rows]
+    rows = [row for entry in records.bench for row in entry.result.rows if row.decode_speedup is not None]
     student = _student(records)
     own = [row for row in rows if student and row.model == student[1].model]
     shown = own or [row for row in rows if row.model == rows[-1].model]

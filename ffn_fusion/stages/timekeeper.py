@@ -25,6 +25,7 @@ ANSWER = "laps.jsonl"
 IN_PROCESSES = ("vllm", "llama.cpp")
 """Engines that run in processes of their own."""
 Engine = Literal["auto", "torch", "transformers", "vllm", "llama.cpp"]
+OURS = ", with a cache of fixed size"
 COMPILED = {"off": "", "on": ", compiled", "tuned": ", compiled and tuned"}
 
 
@@ -82,7 +83,7 @@ class Timekeeper:
             new_tokens=self.new_tokens,
             repeats=self.repeats,
             copy_gb_per_s=site.copy_gb_per_s,
-            how=f"{' or '.join(hows)}, with a cache of fixed size{COMPILED[self.compile]}",
+            how=" or ".join(hows) + (OURS + COMPILED[self.compile] if self.engine not in IN_PROCESSES else ""),
             engine=self.engine,
             engine_version=version,
             tensor_parallel=self.split.ranks,

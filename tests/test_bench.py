@@ -67,6 +67,9 @@ def test_a_shape_is_timed_in_its_three_steps(shape: str, tmp_path: Path) -> None
     assert fused.ratio
     assert fused.ratio.value == pytest.approx(parent.decode_ms.median / fused.decode_ms.median)
     assert fused.ratio.low <= fused.ratio.value <= fused.ratio.high
+    assert fused.fusion
+    assert fused.fusion.value == pytest.approx(searched.decode_ms.median / fused.decode_ms.median)
+    assert (parent.fusion, searched.fusion) == (None, None)
     # What the clock counts in thousands of float32 is what the row says must move.
     assert searched.decode_ms.median * 4e3 == pytest.approx(searched.step_bytes, rel=1e-3)
     assert [model.kv_bytes_measured for model in result.models] == [m.kv_bytes_per_token for m in result.models]

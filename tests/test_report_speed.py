@@ -29,6 +29,7 @@ def bench() -> BenchResult:
             decode_speedup=(8 + batch) / (ms + batch),
             prompt_length=prompt,
             ratio=Ratio(1.234, 1.2, 1.3) if step != "parent" else None,
+            fusion=Ratio(1.0567, 1.05, 1.06) if step == "fused" else None,
             all_reduces=64,
             kernels=321,
             joules=0.5,
@@ -64,7 +65,7 @@ def page(tmp_path: Path) -> str:
 
 
 def test_the_page_shows_every_figure_of_a_bench(page: str) -> None:
-    wanted = ["1.23×", "1.20 to 1.30", "81%", "321", "busy device", "needs 812.0 GB", "131,072", "987,654"]
+    wanted = ["1.23×", "1.06×", "1.20 to 1.30", "81%", "321", "busy device", "needs 812.0 GB", "131,072", "987,654"]
     wanted += ["tensor parallel over 2", 'id="fig-waterfall"', 'id="fig-waterfall-prompt-1024"', 'id="fig-roofline"']
     # Cost of a token: two devices, 9 ms, one sequence.
     wanted += ["18.00"]

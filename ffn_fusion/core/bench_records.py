@@ -104,6 +104,8 @@ class BenchRow:
     """None in records of older versions, which had one for all rows."""
     ratio: Ratio | None = None
     """Decoding, with its interval; None for the parent."""
+    fusion: Ratio | None = None
+    """Of a fused model over the searched one: what fusion wins by itself."""
     step_bytes: int = 0
     """Those of `bandwidth_share`."""
     step_flops: float = 0.0
@@ -196,7 +198,8 @@ class BenchResult:
 
     def summary(self) -> str:
         head = f"{'model':30} {'batch':>5} {'prompt':>6} {'prefill ms':>10} {'ms/token':>9} {'tokens/s':>9} "
-        lines = [head + f"{'ratio to parent':>21} {'of limit':>8} {'reduces':>7} {'kernels':>7} {'J/token':>8}"]
+        head += f"{'ratio to parent':>21} {'fusion alone':>21} "
+        lines = [head + f"{'of limit':>8} {'reduces':>7} {'kernels':>7} {'J/token':>8}"]
         lines += [self._line(row) for row in self.rows]
         for m in self.models:
             fits = "" if m.tokens_that_fit is None else f", {m.tokens_that_fit:,} tokens of cache fit"
@@ -218,6 +221,7 @@ class BenchResult:
         return (
             f"{row.model[-30:]:30} {row.batch_size:5d} {self.prompt_of(row):6d} {row.prefill_ms.median:10.2f} "
             f"{row.decode_ms.median:9.3f} {row.tokens_per_s():9.1f} {row.ratio or '-'!s:>21} "
+            f"{row.fusion or '-'!s:>21} "
             f"{row.bandwidth_share:8.0%} "
             f"{row.all_reduces:7d} {kernels:>7} {joules:>8}" + (" busy device" if row.is_busy else "")
         )

@@ -64,13 +64,14 @@ def rows_of(
 def _rows(subjects: Sequence[Subject], site: Site, lap: Lap, new_tokens: int, split: Split) -> Iterator[BenchRow]:
     scenario = Scenario(lap.batch_size, lap.prompt_length, new_tokens)
     parent = lap.timed[0]
+    steps = dict(zip((subject.step for subject in subjects), lap.timed, strict=True))
     for subject, timed in zip(subjects, lap.timed, strict=True):
         if timed is None:
             continue
         cost = subject.cost
         moved = cost.decode_bytes(lap.batch_size, scenario.context) // split.devices
         prefill, decode = Spread.of(timed.prefill_ms), Spread.of(timed.decode_ms)
-        own = timed is parent
+        searched = steps.get("searched") if subject.step == "fused" else None
         yield BenchRow(
             model=subject.name,
             batch_size=lap.batch_size,
@@ -80,7 +81,8 @@ def _rows(subjects: Sequence[Subject], site: Site, lap: Lap, new_tokens: int, sp
             prefill_speedup=_speedup(parent, "prefill_ms", prefill),
             decode_speedup=_speedup(parent, "decode_ms", decode),
             prompt_length=lap.prompt_length,
-            ratio=Ratio.of(parent.decode_ms, timed.decode_ms) if parent and not own else None,
+            ratio=Ratio.of(parent.decode_ms, timed.decode_ms) if parent and timed is not parent else None,
+            fusion=Ratio.of(searched.decode_ms, timed.decode_ms) if searched else None,
             step_bytes=moved,
             step_flops=2.0 * lap.batch_size * (cost.num_parameters - cost.embedding_parameters) / split.devices,
             all_reduces=cost.num_sublayers if split.ranks > 1 else 0,

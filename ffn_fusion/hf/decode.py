@@ -23,7 +23,7 @@ from ffn_fusion.hf.sublayers import AttentionStep, Cache, FfnStep, HeadStep, Lin
 from ffn_fusion.hf.timing import Repeated, Take
 
 Compile = Literal["off", "on", "tuned"]
-"""Not at all; by inductor; and with one-row products as kernels of its own, tuned for this device."""
+"""Of a decode step: not at all; by inductor; and with one-row products as kernels of its own, tuned for this device."""
 Exchange = Callable[[Tensor], Tensor]
 """A tensor of one rank → what all ranks make of theirs."""
 MANY = 1024
@@ -121,12 +121,14 @@ class Decoder:
         """Of the last position, [B, 1, V]."""
         x = embedding(ids, self.table)
         x = x if self.embedding_scale == 1.0 else x * self.embedding_scale
+        # A prefill is bound by products, which compiling leaves as they are.
+        call = self.call if ids.shape[1] == 1 else _call
         update, held = torch.zeros_like(x), iter(caches)
         for sublayer in self.sublayers:
             place = (*positions, next(held)) if isinstance(sublayer, AttentionStep) else ()
-            x, update = self.call(sublayer, x, update, *place)
+            x, update = call(sublayer, x, update, *place)
             update = self.total(update) if self.total else update
-        logits: Tensor = self.call(self.head, x, update)
+        logits: Tensor = call(self.head, x, update)
         return self.join(logits) if self.join else logits
 
 

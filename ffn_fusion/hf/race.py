@@ -114,6 +114,7 @@ class _Runner:
         # Of torch's kernels for one query, only FlashAttention's splits the cache over the whole GPU.
         torch.backends.cuda.enable_cudnn_sdp(False)
         bandwidth = copy_bandwidth(self.device)
+        torch.cuda.empty_cache()
         memory = torch.cuda.get_device_properties(self.device).total_memory / 1e9 if on_gpu else None
         self.entrants = self._random() if order.random else [self._loaded(ModelFolder(Path(f))) for f in order.folders]
         held = [self._kv_bytes(entrant) if entrant else None for entrant in self.entrants]
@@ -222,6 +223,8 @@ class _Runner:
         batch_size, context, prompt = scenario.batch_size, scenario.context, scenario.prompt_length
         calls = ((0, prompt), (context - 1, 1))
         rooms = [max(e.room(batch_size, *call) for call in calls) if e else 0 for e in self.entrants]
+        # What the lap before left behind.
+        torch.cuda.empty_cache()
         free = ROOM * available(self.device)
         for index, room in enumerate(rooms):
             if self.ranks.agree(float(room * self.dtype.itemsize > free), largest=True):

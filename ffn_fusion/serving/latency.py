@@ -153,10 +153,16 @@ def hold_contest(contest: Contest, answer: Path) -> None:
         # The engines need the memory of the copy.
         torch.cuda.empty_cache()
     needs = [contest.bytes_of(cost) for cost in contest.costs]
-    together = total is None or sum(needs) <= SHARE * total
+    for index, need in enumerate(needs):
+        if total and need > total:
+            site.reasons[index] = (
+                f"does not fit: needs {need / 1e9:,.1f} GB on each device, which has {total / 1e9:,.1f}"
+            )
+    fitting = [index for index, reason in enumerate(site.reasons) if not reason]
+    together = total is None or sum(needs[index] for index in fitting) <= SHARE * total
     shares = [need / total if total and together else SHARE for need in needs]
     columns = {scenario: [_Column() for _ in range(number)] for scenario in scenarios}
-    for turn in [range(number)] if together else [range(index, index + 1) for index in range(number)]:
+    for turn in [fitting] if together else [[index] for index in fitting]:
         with _started(contest, {index: shares[index] for index in turn}, state, site.reasons) as engines:
             if together:
                 append_answer(answer, "site", site)

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from ffn_fusion.core.bench_records import BenchResult, BenchRow
 from ffn_fusion.core.latency import LatencyResult
-from ffn_fusion.stages.figures import BLUE, GREEN, GREY, INK, MUTED, RED, SERIES, plain_log, render, short
+from ffn_fusion.stages.figures import BLUE, GREEN, GREY, INK, MUTED, RED, SERIES, render, short
 
 STEPS = {"parent": GREY, "searched": GREEN, "fused": RED}
 """What a waterfall goes through, and its colours."""
@@ -124,12 +124,10 @@ def waterfall(name: str, result: BenchResult, rows: Sequence[BenchRow]) -> str:
 def agreement(name: str, result: LatencyResult) -> str:
     """Decode steps as the model predicts them without having seen them, over the measured ones."""
     times = [ms for point in result.points for ms in (point.ms, point.left_out_ms)]
-    ends = [min(times) * 0.8, max(times) * 1.25]
+    ends = [0.0, max(times) * 1.08]
 
     def paint(figure: Figure) -> None:
         axes = figure.add_subplot()
-        axes.set_xscale("log")
-        axes.set_yscale("log")
         axes.plot(ends, ends, color=MUTED, linewidth=0.8)
         measured = [point.ms for point in result.points]
         axes.plot(
@@ -138,8 +136,6 @@ def agreement(name: str, result: LatencyResult) -> str:
         axes.set_xlim(*ends)
         axes.set_ylim(*ends)
         axes.set_box_aspect(1)
-        plain_log(axes.xaxis)
-        plain_log(axes.yaxis)
         axes.set_xlabel("measured, ms")
         axes.set_ylabel("predicted, ms")
         axes.grid()

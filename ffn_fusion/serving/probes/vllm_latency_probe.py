@@ -5,6 +5,7 @@ from typing import Any
 
 # Tensor parallelism without NVLink multicast, which not every host lends: NCCL's own all-reduce.
 os.environ.setdefault("VLLM_ALLREDUCE_USE_SYMM_MEM", "0")
+os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 # On a CPU the cache takes half of the memory unless told otherwise; in GB.

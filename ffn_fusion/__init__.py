@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from ffn_fusion.stages.cost import cost
     from ffn_fusion.stages.evaluate import evaluate
     from ffn_fusion.stages.export import export
+    from ffn_fusion.stages.ffn import ffn
     from ffn_fusion.stages.fuse import fuse
+    from ffn_fusion.stages.latency import latency
     from ffn_fusion.stages.report import report
     from ffn_fusion.stages.run import run
     from ffn_fusion.stages.score import score
@@ -46,7 +48,9 @@ __all__ = [
     "cost",
     "evaluate",
     "export",
+    "ffn",
     "fuse",
+    "latency",
     "report",
     "run",
     "score",

@@ -10,7 +10,7 @@ def energy_counter(device: torch.device) -> Callable[[], float] | None:
     if device.type != "cuda":
         return None
     try:
-        import pynvml  # an extra, which engines bring along
+        import pynvml  # the extra "energy", which vLLM brings along, too
     except ImportError:
         return None
     uuid = str(torch.cuda.get_device_properties(device).uuid)

@@ -30,9 +30,10 @@ bench="--repeats 9 --new-tokens 32 --prompt-lengths 128"
 
 shapes() { # GPUS
     local gpus=$1
-    local split="--tensor-parallel $gpus"
+    # Seconds without a sign of life, after which processes are killed.
+    local split="--tensor-parallel $gpus" limit="--timeout 120"
     # First what says within a minute whether all of it works here.
-    wanted check && run "check-tp$gpus" 180 bench --shape smollm2-135m $split --repeats 2 $(batches 1)
+    wanted check && run "check-tp$gpus" 180 bench --shape smollm2-135m $split --compile on $limit --repeats 2 $(batches 1)
     if wanted ffn; then
         run "ffn-405b-tp$gpus" 240 ffn $split --hidden-size 16384 --width 6656 --number 24 --group 12 --tokens 1 --tokens 32 \
             --tokens 256
@@ -40,13 +41,13 @@ shapes() { # GPUS
         run "ffn-8b-tp$gpus" 180 ffn $split --hidden-size 4096 --width 14336 --number 12 --group 6 --tokens 1 --tokens 32
     fi
     if wanted 8b; then
-        for compile in on tuned off; do
-            run "8b-$compile-tp$gpus" 300 bench --shape llama-3.1-8b $split --compile $compile $bench $eight
-        done
+        run "8b-on-tp$gpus" 300 bench --shape llama-3.1-8b $split --compile on $limit $bench $eight
+        run "8b-tuned-tp$gpus" 240 bench --shape llama-3.1-8b $split --compile tuned $limit $bench $(batches 1)
+        run "8b-off-tp$gpus" 240 bench --shape llama-3.1-8b $split $limit $bench $eight
     fi
     wanted vllm && run "8b-vllm-tp$gpus" 480 bench --shape llama-3.1-8b --engine vllm --engine-python "$vllm" $split $bench $eight
     # The parent, 141 GB in bf16, says what it would need on one GPU.
-    wanted 49b && run "49b-tp$gpus" 420 bench --shape super-49b $split --compile on $bench $eight
+    wanted 49b && run "49b-tp$gpus" 420 bench --shape super-49b $split --compile on $limit $bench $eight
     wanted vllm && run "49b-vllm-tp$gpus" 600 bench --shape super-49b --engine vllm --engine-python "$vllm" $split $bench $eight
 }
 

@@ -3,9 +3,11 @@
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import cattrs
 import pytest
 import torch
 from conftest import BASE, STUDENT_PLAN
@@ -14,12 +16,16 @@ from reference import one_line
 from ffn_fusion.core.bench_records import BenchResult, Lap, Ratio, Site, Spread, Timed, cost_ratios
 from ffn_fusion.core.laps import Split, Subject, rows_of
 from ffn_fusion.core.plan import Plan
+from ffn_fusion.errors import UserError
 from ffn_fusion.folder import read_record
 from ffn_fusion.hf import race
 from ffn_fusion.hf.decode import DecodeStep
+from ffn_fusion.hf.ranks import Ranks
+from ffn_fusion.hf.sublayers import Rank
 from ffn_fusion.serving import latency
 from ffn_fusion.serving.engines import Engine
 from ffn_fusion.settings import Machine
+from ffn_fusion.stages import timekeeper
 from ffn_fusion.stages.bench import bench
 
 Parents = Callable[[str], Path]
@@ -210,6 +216,27 @@ def test_an_engine_that_fails_or_hangs_spares_the_other_rows(
     missing = {"": set(), "start": {("searched", 1), ("searched", 2)}, "hang": {("searched", 2)}}
     every = {(step, batch) for step in ("parent", "searched", "fused") for batch in (1, 2)}
     assert every - timed.keys() == missing[fails]
+
+
+def test_ranks_that_hang_leave_the_laps_that_they_made(
+    shape: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hanging(_: str, order: dict[str, Any], *__: object) -> str:
+        first = cattrs.structure(order["race"], race.Race)
+        race.race(replace(first, scenarios=first.scenarios[:1]), Ranks(Rank(), torch.device("cpu")))
+        raise UserError("timing on 2 ranks did not finish within 5 seconds")
+
+    monkeypatch.setattr(timekeeper, "run_ranks", hanging)
+    result = bench(shape=shape, tensor_parallel=2, out=tmp_path / "out", machine=FP32, **CALL).result
+    assert [row.batch_size for row in result.rows] == [1]
+    assert [(f.batch_size, f.reason) for f in result.failures] == [
+        (2, "timing on 2 ranks did not finish within 5 seconds")
+    ]
+    # Nothing at all: the reason is the error.
+    monkeypatch.setattr(race, "race", lambda *_: None)
+    one_line(
+        lambda: bench(shape=shape, tensor_parallel=2, out=tmp_path / "none", machine=FP32, **CALL), "did not finish"
+    )
 
 
 def lap(batch: int, *decode: list[float]) -> Lap:

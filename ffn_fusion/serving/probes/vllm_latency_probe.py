@@ -16,8 +16,8 @@ from pipe import Decode, prompt_ids, serve
 
 def start(request: dict[str, Any]) -> Decode:
     ranks, on_gpu = request["ranks"], request["on_gpu"]
-    if ranks == 1:
-        # The engine in this process: a second one would import everything again.
+    if not on_gpu:
+        # The engine in this process: a second one would import everything again. On a GPU it runs ahead in its own.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import LLM, SamplingParams
 

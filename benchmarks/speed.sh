@@ -33,7 +33,7 @@ shapes() { # GPUS
     # Seconds without a sign of life, after which processes are killed.
     local split="--tensor-parallel $gpus" limit="--timeout 120"
     # First what says within a minute whether all of it works here.
-    wanted check && run "check-tp$gpus" 180 bench --shape smollm2-135m $split --compile on $limit --repeats 2 $(batches 1)
+    wanted check && run "check-tp$gpus" 180 bench --shape llama-3.1-8b $split --compile on $limit --repeats 2 $(batches 1)
     if wanted ffn; then
         run "ffn-405b-tp$gpus" 240 ffn $split --hidden-size 16384 --width 6656 --number 24 --group 12 --tokens 1 --tokens 32 \
             --tokens 256

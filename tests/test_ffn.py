@@ -11,7 +11,7 @@ from ffn_fusion.core.ffn_records import COMPILED, PLAIN, TUNED, FfnResult, ffn_r
 from ffn_fusion.folder import read_record
 from ffn_fusion.hf import ffn_race
 from ffn_fusion.hf.arena import Arena
-from ffn_fusion.hf.ffn_race import FfnOrder, apart, ffns
+from ffn_fusion.hf.ffn_race import FfnOrder, ffns, plain
 from ffn_fusion.stages.ffn import ffn
 
 CALL: dict[str, Any] = {"hidden_size": 128, "width": 256, "number": 4, "group": 2, "repeats": 2, "dtype": "fp32"}
@@ -36,13 +36,13 @@ def test_any_grouping_takes_the_same_memory_and_two_products_are_the_merged_one(
         steps = ffns(ORDER, group, arena)
         assert len(steps) == number
         assert arena.used <= len(arena.values)
-        for ours, merged in zip(apart(steps[0], x, x), steps[0](x, x), strict=True):
+        for ours, merged in zip(plain(steps[0], x, x), steps[0](x, x), strict=True):
             assert torch.allclose(ours, merged, atol=1e-4)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_all_ways_are_timed(ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ffn_race, "compiled", lambda _: ffn_race.apart)
+    monkeypatch.setattr(ffn_race, "compiled", lambda _: ffn_race.plain)
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
     result = ffn(out=tmp_path / "out", tokens=(1, 3), tensor_parallel=ranks, **CALL).result
     assert [(r.tokens, r.code, r.fused) for r in result.rows] == [

@@ -136,13 +136,21 @@ def _call(sublayer: nn.Module, *arguments: Any) -> Any:
     return sublayer(*arguments)
 
 
+def _call_tuned(sublayer: nn.Module, x: Tensor, *arguments: Any) -> Any:
+    """Of one row, inductor makes gate, up and what is done to them one kernel, if they are two products."""
+    if isinstance(sublayer, FfnStep) and x.shape[0] * x.shape[1] == 1:
+        return sublayer(x, *arguments, apart=True)
+    return sublayer(x, *arguments)
+
+
 def compiled(how: Compile) -> Callable[..., Any]:
     """What runs a sublayer. Compiled, it is one graph, and sublayers of one kind and size share their code."""
     if how == "off":
         return _call
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = MANY
     options: dict[str, Any] = {"coordinate_descent_tuning": True} if how == "tuned" else {}
-    return torch.compile(_call, fullgraph=True, dynamic=False, options=options)
+    call = _call_tuned if how == "tuned" else _call
+    return torch.compile(call, fullgraph=True, dynamic=False, options=options)
 
 
 class DecodeStep(Repeated):

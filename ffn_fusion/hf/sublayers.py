@@ -92,6 +92,12 @@ class Merged(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 
+    def halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Two layers of one size by a product each."""
+        biases = (None, None) if self.bias is None else self.bias.chunk(2)
+        first, second = (linear(x, weight, bias) for weight, bias in zip(self.weight.chunk(2), biases, strict=True))
+        return first, second
+
 
 class Out(nn.Module):
     """The last linear layer of a sublayer, split by its inputs; ranks are summed behind it, so one has the bias."""
@@ -205,13 +211,14 @@ class FfnStep(nn.Module):
         self.activation = ACT2FN[activation]
         self.out = Out(getattr(ffn, arch.output), rank, settle, multiplier)
 
-    def forward(self, x: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, update: Tensor, apart: bool = False) -> tuple[Tensor, Tensor]:
+        """`apart`: gate and up are two products, as modules are written."""
         x = x + update
-        hidden = self.inputs(self.norm(x))
-        if self.gated:
-            gate, up = hidden.chunk(2, -1)
-            return x, self.out(self.activation(gate) * up)
-        return x, self.out(self.activation(hidden))
+        z = self.norm(x)
+        if not self.gated:
+            return x, self.out(self.activation(self.inputs(z)))
+        gate, up = self.inputs.halves(z) if apart else self.inputs(z).chunk(2, -1)
+        return x, self.out(self.activation(gate) * up)
 
 
 class LinearStep(nn.Module):

@@ -14,10 +14,12 @@ out=$1 where=$2 model=${3:-} student=${4:-}
 vllm=${VLLM_PYTHON:-python3} llama=${LLAMA_PYTHON:-}
 mkdir -p "$out/logs"
 export TOKENIZERS_PARALLELISM=false
-# NAME LIMIT ARGUMENT...: one stage into OUT/NAME, at most LIMIT seconds; a finished one is not run again.
+# NAME LIMIT ARGUMENT...: one stage into OUT/NAME, at most LIMIT seconds; a finished one is not run again. A bench begins no
+# further batch size a minute before, so that its rows so far become a record.
 run() {
     local name=$1 limit=$2
     shift 2
+    [ "$1" = bench ] && set -- "$@" --time-limit $((limit - 60))
     echo "$(date +%H:%M:%S) $name"
     # An interrupt, so that engines are ended, too.
     timeout --signal INT --kill-after 20 "$limit" python3 -m ffn_fusion "$@" --out "$out/$name" >"$out/logs/$name" 2>&1 ||

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cattrs
@@ -150,6 +151,15 @@ def test_a_killed_bench_goes_on_with_the_next_lap(shape: str, tmp_path: Path, mo
     result = bench(shape=shape, out=tmp_path / "out", machine=FP32, **CALL).result
     assert set(batches) == {2}
     assert [row.batch_size for row in result.rows] == [1, 2]
+
+
+@pytest.mark.usefixtures("counted")
+def test_when_time_is_up_the_rows_so_far_are_kept(shape: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter([0.0, 1.0, 9.0])
+    monkeypatch.setattr(race, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    result = bench(shape=shape, out=tmp_path / "out", time_limit=5.0, machine=FP32, **CALL).result
+    assert [row.batch_size for row in result.rows] == [1]
+    assert [(f.batch_size, f.reason) for f in result.failures] == [(2, "not begun: --time-limit was reached")]
 
 
 @pytest.mark.parametrize(

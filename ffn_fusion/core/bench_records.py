@@ -259,8 +259,9 @@ def cost_ratios(result: BenchResult) -> list[CostRatio]:
 
 
 def cost_lines(result: BenchResult) -> list[str]:
-    """The cost of a token in words, each ratio with both of its comparators."""
-    ratios = cost_ratios(result)
+    """The cost of a token in words at the smallest and the largest batch, each ratio with both of its comparators."""
+    ends = {pick(row.batch_size for row in result.rows) for pick in (min, max)}
+    ratios = [ratio for ratio in cost_ratios(result) if ratio.cheap.batch_size in ends]
     if not ratios:
         return []
     lines = ["device-milliseconds per output token (docs/method.md):"]

@@ -6,6 +6,7 @@ made, so that those before a failure stay, and those that are there are not run 
 
 import json
 import sys
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -53,6 +54,8 @@ class Race:
     """Batch sizes and prompt lengths."""
     new_tokens: int
     repeats: int
+    time_limit: float
+    """Seconds after which no lap is begun."""
     answer: str
 
 
@@ -84,7 +87,7 @@ class Entrant:
 
 def race(order: Race, ranks: Ranks) -> None:
     """Run every lap that the answer does not hold yet; rank 0 writes it."""
-    answer = Path(order.answer)
+    answer, start = Path(order.answer), time.monotonic()
     known = {(lap.batch_size, lap.prompt_length) for lap in read_laps(answer)[1]}
     # Before any rank can write.
     ranks.meet()
@@ -93,6 +96,8 @@ def race(order: Race, ranks: Ranks) -> None:
     if leads:
         append_answer(answer, "site", runner.site)
     for batch_size, prompt_length in order.scenarios:
+        if ranks.agree(float(time.monotonic() - start > order.time_limit), largest=True):
+            return
         if (batch_size, prompt_length) not in known:
             lap = runner.lap(Scenario(batch_size, prompt_length, order.new_tokens))
             if leads:

@@ -9,6 +9,7 @@ import os
 import select
 import signal
 import subprocess
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,6 +52,7 @@ class Contest:
     new_tokens: int
     repeats: int
     timeout: float
+    time_limit: float
     device: torch.device
 
     @property
@@ -143,6 +145,7 @@ class _Column:
 
 def hold_contest(contest: Contest, answer: Path) -> None:
     """Run every lap that the answer does not hold yet and write it there, as a race does."""
+    start = time.monotonic()
     known = {(lap.batch_size, lap.prompt_length) for lap in read_laps(answer)[1]}
     scenarios = [scenario for scenario in contest.scenarios if scenario not in known]
     state, number = answer.parent / "engines", len(contest.folders)
@@ -153,12 +156,7 @@ def hold_contest(contest: Contest, answer: Path) -> None:
         # The engines need the memory of the copy.
         torch.cuda.empty_cache()
     needs = [contest.bytes_of(cost) for cost in contest.costs]
-    for index, need in enumerate(needs):
-        if total and need > total:
-            site.reasons[index] = (
-                f"does not fit: needs {need / 1e9:,.1f} GB on each device, which has {total / 1e9:,.1f}"
-            )
-    fitting = [index for index, reason in enumerate(site.reasons) if not reason]
+    fitting = _fitting(needs, total, site.reasons)
     together = total is None or sum(needs[index] for index in fitting) <= SHARE * total
     shares = [need / total if total and together else SHARE for need in needs]
     columns = {scenario: [_Column() for _ in range(number)] for scenario in scenarios}
@@ -167,6 +165,8 @@ def hold_contest(contest: Contest, answer: Path) -> None:
             if together:
                 append_answer(answer, "site", site)
             for scenario in scenarios:
+                if time.monotonic() - start > contest.time_limit:
+                    break
                 _lap(contest, scenario, engines, columns[scenario])
                 if together:
                     append_answer(answer, "lap", _finished(contest, scenario, columns[scenario], ""))
@@ -174,6 +174,14 @@ def hold_contest(contest: Contest, answer: Path) -> None:
         append_answer(answer, "site", site)
         for scenario in scenarios:
             append_answer(answer, "lap", _finished(contest, scenario, columns[scenario], ALONE))
+
+
+def _fitting(needs: Sequence[float], total: int | None, reasons: list[str]) -> list[int]:
+    """The models that fit onto a device by themselves; the others get their reason."""
+    for index, need in enumerate(needs):
+        if total and need > total:
+            reasons[index] = f"does not fit: needs {need / 1e9:,.1f} GB on each device, which has {total / 1e9:,.1f}"
+    return [index for index, reason in enumerate(reasons) if not reason]
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
+from math import inf
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,6 +40,7 @@ def bench(
     new_tokens: Positive = 16,
     repeats: Positive = 5,
     timeout: Above0 = 900.0,
+    time_limit: Above0 = inf,
     engine_python: str | None = None,
     untested: bool = False,
     machine: Machine = Machine(),  # noqa: B008, frozen
@@ -78,6 +80,8 @@ def bench(
     timeout
         Seconds that an engine in a process of its own may take to start, and for each batch size and prompt; it is
         killed then, and the rows made so far stay.
+    time_limit
+        Seconds after which no other batch size or prompt is begun; the record says which are missing.
     engine_python
         Python that has the engine, if it is not this one.
     untested
@@ -88,7 +92,7 @@ def bench(
     python = engine_python or sys.executable
     scenarios = [(batch, prompt) for prompt in prompt_lengths for batch in batch_sizes]
     split = Split(tensor_parallel, slice_of)
-    keeper = Timekeeper(engine, python, compile, fp8, split, scenarios, new_tokens, repeats, timeout)
+    keeper = Timekeeper(engine, python, compile, fp8, split, scenarios, new_tokens, repeats, timeout, time_limit)
     _check(keeper, models, shape, plan, machine)
     check_ranks(tensor_parallel, pick_device(machine))
     tested = ENGINES[engine].version(python, untested) if engine in IN_PROCESSES else version("torch")

@@ -25,6 +25,8 @@ ANSWER = "laps.jsonl"
 IN_PROCESSES = ("vllm", "llama.cpp")
 """Engines that run in processes of their own."""
 Engine = Literal["auto", "torch", "transformers", "vllm", "llama.cpp"]
+UNIMPORTANT = ("python", "timeout", "time_limit")
+"""Fields that no figure depends on."""
 OURS = ", with a cache of fixed size"
 COMPILED = {"off": "", "on": ", compiled", "tuned": ", compiled and tuned"}
 
@@ -42,6 +44,7 @@ class Timekeeper:
     new_tokens: int
     repeats: int
     timeout: float
+    time_limit: float
 
     @property
     def batch_sizes(self) -> list[int]:
@@ -50,7 +53,7 @@ class Timekeeper:
     @property
     def settings(self) -> dict[str, Any]:
         """What the figures depend on."""
-        return {name: value for name, value in asdict(self).items() if name not in ("python", "timeout")}
+        return {name: value for name, value in asdict(self).items() if name not in UNIMPORTANT}
 
     def result(
         self,
@@ -71,7 +74,7 @@ class Timekeeper:
         counted = [replace(cost, bytes_per_value=1) if self.fp8 else cost for cost in costs]
         subjects = [Subject(m.name, m.step, m.plan, cost) for m, cost in zip(models, counted, strict=True)]
         site, laps = read_laps(answer)
-        failures = failures_of(subjects, site, laps, self.scenarios, fault)
+        failures = failures_of(subjects, site, laps, self.scenarios, fault or "not begun: --time-limit was reached")
         rows = rows_of(subjects, site, laps, self.new_tokens, self.split) if site else []
         if site is None or not rows:
             raise UserError(fault or "; ".join(map(str, failures)))
@@ -106,6 +109,7 @@ class Timekeeper:
             scenarios=self.scenarios,
             new_tokens=self.new_tokens,
             repeats=self.repeats,
+            time_limit=self.time_limit,
             answer=str(answer.resolve()),
         )
         device, ranks = pick_device(machine), self.split.ranks
@@ -141,6 +145,7 @@ class Timekeeper:
             new_tokens=self.new_tokens,
             repeats=self.repeats,
             timeout=self.timeout,
+            time_limit=self.time_limit,
             device=device,
         )
         hold_contest(contest, answer)

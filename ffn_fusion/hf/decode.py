@@ -85,11 +85,6 @@ class Decoder:
     def attentions(self) -> list[AttentionStep]:
         return [sublayer for sublayer in self.sublayers if isinstance(sublayer, AttentionStep)]
 
-    @property
-    def num_exchanges(self) -> int:
-        """All-reduces of a call."""
-        return len(self.sublayers) if self.total else 0
-
     def cache_shapes(self, batch_size: int, past: int, new: int) -> list[tuple[int, ...]]:
         """[B, K, L, D] of the keys, and of the values, of each attention; a sliding window keeps less of the past."""
         kept = [past if window is None else min(past, window - 1) for window in self.windows]

@@ -68,8 +68,8 @@ def read_laps(answer: Path) -> tuple[Site | None, list[Lap]]:
     return sites[-1] if sites else None, [cattrs.structure(line["lap"], Lap) for line in whole if "lap" in line]
 
 
-class Entrant:
-    """A model that was built: makes its steps, and knows the room of their caches."""
+class Built:
+    """A model in memory: makes its steps, and knows the room of their caches."""
 
     def __init__(self, model: PreTrainedModel | Decoder) -> None:
         self.model = model
@@ -121,8 +121,8 @@ class _Runner:
         bandwidth = copy_bandwidth(self.device)
         torch.cuda.empty_cache()
         memory = torch.cuda.get_device_properties(self.device).total_memory / 1e9 if on_gpu else None
-        self.entrants = self._random() if order.random else [self._loaded(ModelFolder(Path(f))) for f in order.folders]
-        held = [self._kv_bytes(entrant) if entrant else None for entrant in self.entrants]
+        self.built = self._random() if order.random else [self._loaded(ModelFolder(Path(f))) for f in order.folders]
+        held = [self._kv_bytes(built) if built else None for built in self.built]
         self.site = Site(bandwidth / 1e9, memory, held, self.reasons)
         self.flush = Flush(self.device)
         self.energy = energy_counter(self.device)
@@ -133,12 +133,12 @@ class _Runner:
             return Decoder(model, settle, rank=part, compile=self.order.compile)
         return Decoder(model, settle, rank=ranks.rank, total=ranks.total, join=ranks.join, compile=self.order.compile)
 
-    def _loaded(self, folder: ModelFolder) -> Entrant:
+    def _loaded(self, folder: ModelFolder) -> Built:
         if self.order.engine == "transformers":
-            return Entrant(folder.load(self.dtype, self.order.device_map))
-        return Entrant(self._decoder(folder.load(self.dtype, "cpu"), lambda weight: weight.detach().to(self.device)))
+            return Built(folder.load(self.dtype, self.order.device_map))
+        return Built(self._decoder(folder.load(self.dtype, "cpu"), lambda weight: weight.detach().to(self.device)))
 
-    def _random(self) -> list[Entrant | None]:
+    def _random(self) -> list[Built | None]:
         """Models without weights of their own: all take theirs from one stretch of random numbers."""
         models = [skeleton(ModelFolder(Path(folder)).config) for folder in self.order.folders]
         batch, prompt = self.order.scenarios[0]
@@ -156,9 +156,9 @@ class _Runner:
         fitting = [size for size, reason in zip(sizes, self.reasons, strict=True) if not reason]
         arena = Arena(max(fitting, default=0), self.device, self.dtype)
 
-        def settled(model: PreTrainedModel) -> Entrant:
+        def settled(model: PreTrainedModel) -> Built:
             arena.rewind()
-            return Entrant(self._decoder(model, lambda weight: arena.take(tuple(weight.shape))))
+            return Built(self._decoder(model, lambda weight: arena.take(tuple(weight.shape))))
 
         return [None if reason else settled(model) for model, reason in zip(models, self.reasons, strict=True)]
 
@@ -173,7 +173,7 @@ class _Runner:
 
         return self._decoder(model, count), counted
 
-    def _kv_bytes(self, entrant: Entrant) -> float:
+    def _kv_bytes(self, built: Built) -> float:
         """Bytes a token of cache: what the allocator gave for one on a GPU, the tensors' sizes elsewhere."""
         batch, tokens = PROBED
         taken: list[Tensor] = []
@@ -183,7 +183,7 @@ class _Runner:
             return taken[-1]
 
         before = torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
-        entrant.step(batch, tokens - 1, 1, take)
+        built.step(batch, tokens - 1, 1, take)
         held = float(sum(tensor.nbytes for tensor in taken))
         if self.device.type == "cuda":
             held = float(torch.cuda.memory_allocated(self.device) - before)
@@ -227,7 +227,7 @@ class _Runner:
         memory; a model whose do not fit is left out, with the reason."""
         batch_size, context, prompt = scenario.batch_size, scenario.context, scenario.prompt_length
         calls = ((0, prompt), (context - 1, 1))
-        rooms = [max(e.room(batch_size, *call) for call in calls) if e else 0 for e in self.entrants]
+        rooms = [max(e.room(batch_size, *call) for call in calls) if e else 0 for e in self.built]
         # What the lap before left behind.
         torch.cuda.empty_cache()
         free = ROOM * available(self.device)
@@ -241,14 +241,14 @@ class _Runner:
         arena = None if spread else Arena(max(fitting, default=0), self.device, self.dtype)
         pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
         steps: list[tuple[Repeated, Repeated] | None] = []
-        for index, entrant in enumerate(self.entrants):
+        for index, built in enumerate(self.built):
             pair: list[Repeated] = []
             try:
-                for past, new in calls if entrant and not reasons[index] else ():
-                    assert entrant
+                for past, new in calls if built and not reasons[index] else ():
+                    assert built
                     if arena:
                         arena.rewind()
-                    pair.append(entrant.step(batch_size, past, new, arena.take if arena else None))
+                    pair.append(built.step(batch_size, past, new, arena.take if arena else None))
                     pair[-1].prepare(pool)
             except torch.OutOfMemoryError:
                 reasons[index], pair = "out of memory: the activations of this batch and prompt do not fit", []

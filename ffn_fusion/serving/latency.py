@@ -28,7 +28,7 @@ from ffn_fusion.serving.engines import reason_in
 from ffn_fusion.serving.hf import check_engine
 
 GGUF = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
-OVERHEAD, PER_TOKEN = 6e9, 200e3
+OVERHEAD, PER_TOKEN = 8e9, 200e3
 """Bytes that vLLM takes beside weights and cache: always, and for each token of a prefill."""
 SHARE = 0.9
 """Of a GPU's memory, for all engines that run on it at once."""

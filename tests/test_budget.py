@@ -20,7 +20,7 @@ from ffn_fusion.core.space import Sizes, changes
 from ffn_fusion.core.stats import Estimate
 from ffn_fusion.hf.model import ModelFolder
 from ffn_fusion.hf.stacks import facts_of
-from ffn_fusion.stages.bench import cost_of
+from ffn_fusion.stages.entrants import cost_of
 
 MULTIPLE = 256
 NOTHING = Estimate(0.0, 0.0, 0.0, 0.0, 8)

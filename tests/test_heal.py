@@ -341,13 +341,13 @@ def test_full_memory_names_what_helps(healed: Callable[..., Any], monkeypatch: p
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(Training, "_step", full)
-    with pytest.raises(UserError, match="with 2 windows at once; lower --batch-size, give --checkpoint-activations"):
+    with pytest.raises(UserError, match="with 2 windows at once; lower --batch-size, give --gradient-checkpointing"):
         healed(GLOBAL)
 
 
 def test_activations_computed_again_change_nothing(healed: Callable[..., Any], tmp_path: Path) -> None:
     healed(GLOBAL | {"losses": {"kl": 1, "mse": 1}})
-    healed(GLOBAL | {"losses": {"kl": 1, "mse": 1}}, name="again", checkpoint_activations=True)
+    healed(GLOBAL | {"losses": {"kl": 1, "mse": 1}}, name="again", gradient_checkpointing=True)
     assert losses_of(tmp_path / "again") == losses_of(tmp_path / "out")
 
 

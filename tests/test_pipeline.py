@@ -406,7 +406,7 @@ REFUSED = [
     (["run", "{parent}", "--out", "{out}", "--max-kl", "1", "--eval-text", "x", "--text", "x"], "held-out"),
     (["analyze", "{parent}", "--out", "{out}", "--device", "cuda"], "GPU"),
     (["report", "{empty}", "--out", "{out}.html"], "record"),
-    (["bench", "--out", "{out}"], "parent"),
+    (["bench", "--out", "{out}"], "name models to time"),
     (["analyze", "{parent}", "--out", "{out}", "--windows", "0"], "--windows"),
     (["fuse", "{parent}", "--plan", PLAN, "--out", "{out}", "--fit-windows", "1"], "--fit-windows"),
 ]

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ffn_fusion.errors import UserError
-from ffn_fusion.settings import Writing
+from ffn_fusion.settings_training import Writing
 
 MARK = "\ue000"
 """Stands in for what is said; a character that no template and no text uses."""

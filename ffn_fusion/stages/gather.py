@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from ffn_fusion.core.align_records import AlignResult
+from ffn_fusion.core.bench_records import BenchResult
 from ffn_fusion.core.block_records import BldResult
 from ffn_fusion.core.comparison import METHODS, SOLVER, Series
 from ffn_fusion.core.cost_records import CostResult
 from ffn_fusion.core.engine_records import ExportResult, SpeculateResult
+from ffn_fusion.core.ffn_records import FfnResult
 from ffn_fusion.core.heal_records import HealResult
+from ffn_fusion.core.latency import LatencyResult
 from ffn_fusion.core.plan import Plan
-from ffn_fusion.core.records import AnalyzeResult, BenchResult, EvalResult, FuseResult, Sample
+from ffn_fusion.core.records import AnalyzeResult, EvalResult, FuseResult, Sample
 from ffn_fusion.core.search_records import GOALS, ScoreResult, SearchResult
 from ffn_fusion.errors import UserError
 from ffn_fusion.folder import RECORD, Record, read_record
@@ -30,6 +33,8 @@ TYPES: dict[str, type[Any]] = {
     "align": AlignResult,
     "eval": EvalResult,
     "bench": BenchResult,
+    "ffn": FfnResult,
+    "latency": LatencyResult,
     "export": ExportResult,
     "speculate": SpeculateResult,
 }
@@ -114,6 +119,8 @@ class Records:
     align: list[Entry[AlignResult]]
     eval: list[Entry[EvalResult]]
     bench: list[Entry[BenchResult]]
+    ffn: list[Entry[FfnResult]]
+    latency: list[Entry[LatencyResult]]
     export: list[Entry[ExportResult]]
     speculate: list[Entry[SpeculateResult]]
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from cyclopts import Parameter
 
-from ffn_fusion.settings import Above0, Positive
+from ffn_fusion.settings import Above0, Positive, Share
 
 
 @Parameter(name="*")

@@ -29,7 +29,8 @@ from ffn_fusion.hf.model import ModelFolder
 from ffn_fusion.hf.probe import record
 from ffn_fusion.hf.teacher_cache import SHARD, Cached, TeacherCache, ask, open_cache, write_shard
 from ffn_fusion.hf.text import read_windows
-from ffn_fusion.settings import Machine, Text, Writing
+from ffn_fusion.settings import Machine, Text
+from ffn_fusion.settings_training import Writing
 from ffn_fusion.stages import teach as stage
 from ffn_fusion.stages.teach import TEXT, teach
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ffn_fusion.core.bench_records import BenchModel, BenchRow, Failure, Lap, Ratio, Site, Spread, Timed
+from ffn_fusion.core.bench_records import BenchModel, BenchRow, Failure, Lap, Ratio, Site, Spread
 from ffn_fusion.core.cost import Cost
 from ffn_fusion.core.cost_table import Scenario
 
@@ -71,6 +71,7 @@ def _rows(subjects: Sequence[Subject], site: Site, lap: Lap, new_tokens: int, sp
         cost = subject.cost
         moved = cost.decode_bytes(lap.batch_size, scenario.context) // split.devices
         prefill, decode = Spread.of(timed.prefill_ms), Spread.of(timed.decode_ms)
+        ratio = Ratio.of(parent.decode_ms, timed.decode_ms) if parent else None
         searched = steps.get("searched") if subject.step == "fused" else None
         yield BenchRow(
             model=subject.name,
@@ -78,10 +79,10 @@ def _rows(subjects: Sequence[Subject], site: Site, lap: Lap, new_tokens: int, sp
             prefill_ms=prefill,
             decode_ms=decode,
             bandwidth_share=moved / (site.copy_gb_per_s * 1e9) / decode.median * 1e3,
-            prefill_speedup=_speedup(parent, "prefill_ms", prefill),
-            decode_speedup=_speedup(parent, "decode_ms", decode),
+            prefill_speedup=Ratio.of(parent.prefill_ms, timed.prefill_ms).value if parent else None,
+            decode_speedup=ratio.value if ratio else None,
             prompt_length=lap.prompt_length,
-            ratio=Ratio.of(parent.decode_ms, timed.decode_ms) if parent and timed is not parent else None,
+            ratio=ratio if timed is not parent else None,
             fusion=Ratio.of(searched.decode_ms, timed.decode_ms) if searched else None,
             step_bytes=moved,
             step_flops=2.0 * lap.batch_size * (cost.num_parameters - cost.embedding_parameters) / split.devices,
@@ -90,10 +91,6 @@ def _rows(subjects: Sequence[Subject], site: Site, lap: Lap, new_tokens: int, sp
             joules=timed.joules,
             how=timed.how,
         )
-
-
-def _speedup(parent: Timed | None, phase: str, own: Spread) -> float | None:
-    return Spread.of(getattr(parent, phase)).median / own.median if parent else None
 
 
 def failures_of(

@@ -1,12 +1,20 @@
 #!/usr/bin/env bash
 # The engine figures of docs/results, on one host with two GPUs: exports run in vLLM against the student's logits, an
 # 8B shape timed with 1 and 2 GPUs in bf16 and FP8, speculative decoding. Usage: benchmarks/engines.sh OUT MODEL PLAN
+# More on speed, in our own engine too: benchmarks/speed.sh.
 set -uo pipefail
 out=$1 model=$2 plan=$3
 run() { timeout 400 python3 -m ffn_fusion "$@"; }
-time_it() { timeout 300 python3 benchmarks/vllm_latency.py "$@" >>"$out/latency.jsonl" 2>>"$out/latency.log"; }
+layers() { for layer in $(seq "$1" "$2"); do printf 'A%dF%d ' "$layer" "$layer"; done; }
+# Ten attentions gone and eleven FFNs fused into two: 64 sequential sublayers become 45.
+ten="$(layers 0 16)A17F17+18+19+20+21+22 -F23+24+25+26+27 $(layers 28 31)"
+time_it() { # NAME OPTION...
+    local name=$1
+    shift
+    run bench --shape llama-3.1-8b --plan "$ten" --engine vllm --new-tokens 128 --repeats 7 --batch-sizes 1 --batch-sizes 32 \
+        --timeout 180 --time-limit 300 --out "$out/$name" "$@"
+}
 mkdir -p "$out"
-python3 benchmarks/shapes.py "$out/shapes"
 first() {
     export CUDA_VISIBLE_DEVICES=0
     run fuse "$model" --plan "$plan" --fit-windows 64 --out "$out/student"
@@ -18,16 +26,12 @@ first() {
 }
 second() {
     export CUDA_VISIBLE_DEVICES=1
-    for shape in parent fused; do
-        time_it "$out/shapes/$shape"
-        time_it "$out/shapes/$shape" --quantization fp8
-    done
+    time_it latency-bf16
+    time_it latency-fp8 --fp8
 }
 first >"$out/first.log" 2>&1 &
 second &
 wait
-for shape in parent fused; do
-    time_it "$out/shapes/$shape" --tensor-parallel 2
-done
+time_it latency-tp2 --tensor-parallel 2
 # FFN_FUSION_ENGINES says where vLLM is, as for make test-engines.
 timeout 400 python3 -m pytest tests/engines/test_folders.py -k vllm >"$out/layouts.log" 2>&1

@@ -20,9 +20,8 @@ if TYPE_CHECKING:
         Space,
         Tasks,
         Text,
-        Tuning,
-        Writing,
     )
+    from ffn_fusion.settings_training import Tuning, Writing
     from ffn_fusion.stages.align import align
     from ffn_fusion.stages.analyze import analyze
     from ffn_fusion.stages.bench import bench
@@ -30,8 +29,10 @@ if TYPE_CHECKING:
     from ffn_fusion.stages.cost import cost
     from ffn_fusion.stages.evaluate import evaluate
     from ffn_fusion.stages.export import export
+    from ffn_fusion.stages.ffn import ffn
     from ffn_fusion.stages.fuse import fuse
     from ffn_fusion.stages.heal import heal
+    from ffn_fusion.stages.latency import latency
     from ffn_fusion.stages.report import report
     from ffn_fusion.stages.run import run
     from ffn_fusion.stages.score import score
@@ -64,8 +65,10 @@ __all__ = [
     "cost",
     "evaluate",
     "export",
+    "ffn",
     "fuse",
     "heal",
+    "latency",
     "report",
     "run",
     "score",
@@ -76,9 +79,8 @@ __all__ = [
 _MODULES = {
     "core.plan": ("Attention", "Block", "Ffn", "Plan"),
     "errors": ("UserError",),
-    "settings": (
-        *("Blocks", "Budget", "Fusion", "Judging", "Limits", "Machine", "Space", "Tasks", "Text", "Tuning", "Writing"),
-    ),
+    "settings": ("Blocks", "Budget", "Fusion", "Judging", "Limits", "Machine", "Space", "Tasks", "Text"),
+    "settings_training": ("Tuning", "Writing"),
 }
 
 

@@ -1,6 +1,6 @@
 """One progress bar with time left, on standard error; a plain line for each stage where there is no terminal."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from rich.console import Console
@@ -10,8 +10,8 @@ T = TypeVar("T")
 _CONSOLE = Console(stderr=True)
 
 
-def track(items: Iterable[T], description: str, total: int) -> Iterator[T]:
-    """Iterate with a progress bar."""
+def track(items: Iterable[T], description: str, total: int, said: Callable[[], str] = str) -> Iterator[T]:
+    """Iterate with a progress bar; `said` is what to add to its description after each item."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -25,4 +25,4 @@ def track(items: Iterable[T], description: str, total: int) -> Iterator[T]:
         task = progress.add_task(description, total=total)
         for item in items:
             yield item
-            progress.advance(task)
+            progress.update(task, advance=1, description=f"{description} {said()}".strip())

@@ -1,7 +1,7 @@
 """Options that several verbs share. Each field is an option of the command line and an argument of the Python API."""
 
-from dataclasses import dataclass, fields
-from typing import Annotated, Literal
+from dataclasses import asdict, dataclass, fields
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 from cyclopts.validators import Number
@@ -64,33 +64,6 @@ class Text:
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class Writing:
-    """Text that the parent writes itself.
-
-    Parameters
-    ----------
-    write
-        Documents to write in place of reading --text: conversations of a prompt and an answer if the model has a chat
-        template.
-    max_new_tokens
-        Longest prompt, and longest answer, in tokens. A longer prompt is rejected, a longer answer cut.
-    prompt_temperature
-        Of sampling prompts, and documents of a model without chat template.
-    answer_temperature
-        Of sampling answers.
-    top_p
-        Share of the probability that tokens are sampled from.
-    """
-
-    write: NotNegative = 0
-    max_new_tokens: Positive = 512
-    prompt_temperature: Above0 = 1.0
-    answer_temperature: Above0 = 0.7
-    top_p: Share = 0.95
-
-
-@Parameter(name="*")
-@dataclass(frozen=True, kw_only=True)
 class Space:
     """What may stand in the place of a layer, beside leaving an attention, an FFN or the whole layer out.
 
@@ -112,7 +85,7 @@ class Space:
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class Fusion:
-    """How FFNs are fused.
+    """How FFNs are fused and made narrower.
 
     Parameters
     ----------
@@ -120,10 +93,21 @@ class Fusion:
         "folded" keeps each member's norm gain, "last" uses the last member's norm for all (the paper's rule).
     calibrate
         Refit the down projections of changed blocks to the parent's own stream, to the unfused run, or not at all.
+    channel_steps
+        Steps in which channels of a narrower FFN are chosen; what those that are left contribute is measured in each.
     """
 
     norm: Literal["folded", "last"] = "folded"
     calibrate: Literal["parent", "unfused", "none"] = "parent"
+    channel_steps: Positive = 1
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What a stage's inputs say of it; a single step is left out, so that results from before stay valid."""
+        said = asdict(self)
+        if self.channel_steps == 1:
+            del said["channel_steps"]
+        return said
 
 
 @Parameter(name="*")
@@ -248,7 +232,7 @@ class Limits:
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class Tasks:
-    """Benchmark tasks of `eval` (docs/evaluation.md lists them).
+    """Benchmark tasks (docs/evaluation.md lists them); `score` takes those whose answers are offered.
 
     Parameters
     ----------
@@ -256,15 +240,13 @@ class Tasks:
         Tasks, comma-separated: quick, paper, commonsense; any task, group or task file of lm-evaluation-harness;
         mt_bench, arena_hard, agreement; niah_single@4096, niah_multikey@4096, vt@4096, at any length.
     limit
-        First items of each task only.
+        First items of each task only; `score` takes 100 without it.
     num_fewshot
         Examples shown before each item of the harness' tasks; without it, the customary number.
     chat
         Put items to the model through its chat template: where that is customary, always, or never.
     data
         Your own data, TASK=FILE or TASK=FOLDER of files named by split (JSONL, parquet, arrow); again for each task.
-    fitted_on
-        More text that a student was fitted to, to look for the items in; what `fuse` used is known.
     """
 
     tasks: tuple[str, ...] = ()
@@ -272,7 +254,6 @@ class Tasks:
     num_fewshot: NotNegative | None = None
     chat: Literal["auto", "always", "never"] = "auto"
     data: tuple[str, ...] = ()
-    fitted_on: tuple[str, ...] = ()
 
 
 @Parameter(name="*")
@@ -296,32 +277,3 @@ class Judging:
     judge_model: str | None = None
     judge_key: str = "OPENAI_API_KEY"
     judge_timeout: float = 120.0
-
-
-@Parameter(name="*")
-@dataclass(frozen=True, kw_only=True)
-class Tuning:
-    """How `align` trains.
-
-    Parameters
-    ----------
-    lora
-        Train adapters of this rank on every linear layer, merged in the end, and not the weights themselves.
-    epochs
-        Times that each record is used.
-    learning_rate
-        Of AdamW at its highest; without it 2e-5 for sft and 1e-6 for dpo, and ten times as much with --lora.
-    beta
-        For dpo: how dearly a change of the answers' likelihood is bought; lower lets the model go further.
-    accumulate
-        Batches of --batch-size records that make one step.
-    gradient_checkpointing
-        Compute activations again in the backward pass, which needs less memory and a third more time.
-    """
-
-    lora: Positive | None = None
-    epochs: Positive = 1
-    learning_rate: Above0 | None = None
-    beta: Above0 = 0.1
-    accumulate: Positive = 1
-    gradient_checkpointing: bool = False

@@ -264,6 +264,13 @@ def test_a_fit_comes_on_top_of_the_library(library: Path, tiny_parent: Parent, t
     assert not torch.equal(without[differ[0]], students["fitted"][differ[0]])
 
 
+def test_a_library_is_of_one_way_to_choose_channels(library: Path, tiny_parent: Parent, tmp_path: Path) -> None:
+    parent = str(tiny_parent("llama"))
+    options = {"plan": COMPOSED, "out": tmp_path / "student", "library": library}
+    steps = Fusion(calibrate="none", channel_steps=4)
+    one_line(lambda: fuse(parent, fusion=steps, **options), "--channel-steps 1", "another library")  # type: ignore[arg-type]
+
+
 def test_the_student_that_is_measured_is_the_one_that_is_written(
     library: Path, tiny_parent: Parent, tmp_path: Path
 ) -> None:

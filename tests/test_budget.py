@@ -20,7 +20,7 @@ from ffn_fusion.core.space import Sizes, changes
 from ffn_fusion.core.stats import Estimate
 from ffn_fusion.hf.model import ModelFolder
 from ffn_fusion.hf.stacks import facts_of
-from ffn_fusion.stages.bench import cost_of
+from ffn_fusion.stages.entrants import cost_of
 
 MULTIPLE = 256
 NOTHING = Estimate(0.0, 0.0, 0.0, 0.0, 8)
@@ -39,7 +39,7 @@ def scored(parent: Plan, ledger: Ledger, sizes: Sizes) -> Scores:
     ]
     deviations = rng.normal(size=(len(found), 9)) + rng.normal(size=9)
     deviations *= (np.sqrt([2 * score.kl.mean for score in found]) / np.linalg.norm(deviations, axis=1))[:, None]
-    return Scores(found, deviations @ deviations.T)
+    return Scores(found, np.array([score.kl.mean for score in found]), deviations @ deviations.T)
 
 
 def ledger_of(parent: Plan) -> Ledger:
@@ -140,7 +140,7 @@ def test_a_single_change_is_predicted_to_cost_what_was_measured(
     problem = problem_of(held, strength=strength)
     assert (problem.interactions is None) == (strength == 0)
     found = changes(parent, held[1].shapes, Sizes((1,), (0.5,), True, MULTIPLE))
-    assert any(change.is_link for change in found)
+    assert any(change.last > change.first for change in found)
     for change, score in zip(found, scores.changes, strict=True):
         choice = choice_of(problem, change.applied(parent))
         assert plan_of(problem, choice) == change.applied(parent)

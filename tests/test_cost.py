@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from conftest import FAMILIES, NUM_LAYERS, STUDENT_PLAN, save_tiny_parent
 from transformers import DynamicCache
 
 from ffn_fusion import cli
+from ffn_fusion.core.bench_records import BenchResult
 from ffn_fusion.core.cost import BlockShape, ParameterCounts, shapes_of
 from ffn_fusion.core.cost_table import (
     Communication,
@@ -25,17 +27,18 @@ from ffn_fusion.core.cost_table import (
     check_table,
 )
 from ffn_fusion.core.plan import Plan
-from ffn_fusion.core.records import BenchResult
 from ffn_fusion.errors import UserError
 from ffn_fusion.folder import read_record
 from ffn_fusion.hf import arena, timing
-from ffn_fusion.hf.collectives import check_ranks, measure_communication
+from ffn_fusion.hf.collectives import measure_communication
 from ffn_fusion.hf.model import ModelFolder
+from ffn_fusion.hf.ranks import check_ranks
 from ffn_fusion.hf.resolve import resolve_model
 from ffn_fusion.hf.stacks import Stack, facts_of, read_costs
 from ffn_fusion.hf.timing import Step
-from ffn_fusion.stages.bench import bench, cost_of
+from ffn_fusion.stages.bench import bench
 from ffn_fusion.stages.cost import cost
+from ffn_fusion.stages.entrants import cost_of
 
 Parents = Callable[[str], Path]
 CPU = torch.device("cpu")
@@ -258,13 +261,13 @@ def test_where_memory_is_short_smaller_stacks_are_tried(
     monkeypatch.setattr(timing, "elapsed_ms", values)
     model = str(tiny_parent("llama"))
     whole = Stack(resolve_model(model), resolve_model(model).shapes).num_values(1, 256)
-    monkeypatch.setattr(arena, "_available", lambda: 4 * whole * 0.8)
+    monkeypatch.setattr(arena, "available", lambda _: 4 * whole * 0.8)
     options = ["--repeats", "2", "--prompt-length", "8", "--new-tokens", "4"]
     result = cost(model, out=tmp_path / "half", repeats=2, prompt_length=8, new_tokens=4).result
     assert result.depth == NUM_LAYERS // 2
     assert abs(result.worst_decode_error) < 1e-9
     assert f"whole models had {NUM_LAYERS // 2} of {NUM_LAYERS} layers" in result.summary()
-    monkeypatch.setattr(arena, "_available", lambda: 1e4)
+    monkeypatch.setattr(arena, "available", lambda _: 1e4)
     assert cli._status(["cost", model, "--out", str(tmp_path / "none"), *options]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("ffn-fusion: the memory of CPU")
 
@@ -311,13 +314,21 @@ def test_bench_times_the_same_steps_and_reads_older_records(
 ) -> None:
     out = tmp_path / "bench"
     models = (str(tiny_parent("qwen2")), str(tiny_student("qwen2")))
-    result = bench(*models, out=out, batch_sizes=(2,), prompt_length=9, new_tokens=3, repeats=2).result
+    call: dict[str, Any] = {"batch_sizes": (2,), "prompt_lengths": (9,), "new_tokens": 3, "repeats": 2}
+    result = bench(*models, out=out, engine="transformers", **call).result
     assert result.how == "eager, with a cache of fixed size"
     assert all(row.prefill_ms.median > 0 and row.decode_ms.median > 0 for row in result.rows)
     record = json.loads((out / "record.json").read_text())
-    del record["result"]["how"]
+    old = ("models", "rows", "prompt_length", "new_tokens", "repeats", "copy_gb_per_s")
+    record["result"] = {name: record["result"][name] for name in old}
+    kept = ("model", "batch_size", "prefill_ms", "decode_ms", "bandwidth_share", "prefill_speedup", "decode_speedup")
+    record["result"]["rows"] = [{name: row[name] for name in kept} for row in record["result"]["rows"]]
     (out / "record.json").write_text(json.dumps(record))
-    assert read_record(out, BenchResult).result == replace(result, how="eager, with a cache that grows")
+    read = read_record(out, BenchResult).result
+    assert read.how == "eager, with a cache that grows"
+    assert [read.prompt_of(row) for row in read.rows] == [9, 9]
+    assert read.rows[1].decode_ms == result.rows[1].decode_ms
+    assert "parent " in read.summary()
 
 
 def test_uneven_parents_are_timed_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -341,7 +352,7 @@ def test_what_cannot_be_captured_runs_eagerly_and_says_so(
         yield
         raise RuntimeError("operation not permitted\nwhen stream is capturing")
 
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda **_: object())
     monkeypatch.setattr(torch.cuda, "graph", refusing)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     step = Step(ModelFolder(tiny_parent("llama")).load(torch.float32, "cpu"), 1, past=5, new=1)

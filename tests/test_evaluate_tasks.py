@@ -63,9 +63,11 @@ class Bench:
 
     def evaluate(self, out: Path, *tasks: str, judge: Server | None = None, **options: Any) -> EvalResult:
         models = options.pop("models", self.models[:2])
+        fitted_on = options.pop("fitted_on", ())
         given = {"data": tuple(part for part in self.data if part.partition("=")[0] in tasks)} | options
         judging = Judging(judge=judge and judge.url, judge_timeout=20)
-        done = evaluate(*models, out=out, windows=2, tasks=Tasks(tasks=tasks, **given), judging=judging, text=self.text)
+        asked = Tasks(tasks=tasks, **given)
+        done = evaluate(*models, out=out, windows=2, fitted_on=fitted_on, tasks=asked, judging=judging, text=self.text)
         assert isinstance(done, Record)
         return done.result
 

@@ -13,14 +13,16 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import FAMILIES, save_tiny_parent
+from conftest import FAMILIES, STUDENT_PLAN, save_tiny_parent
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from ffn_fusion import cli
 from ffn_fusion.core.distill import Losses
 from ffn_fusion.core.heal_records import HealResult
+from ffn_fusion.core.records import EvalResult
 from ffn_fusion.errors import UserError
-from ffn_fusion.folder import Record
+from ffn_fusion.folder import Record, read_record
 from ffn_fusion.healing.corpus import Corpus
 from ffn_fusion.healing.feeds import CachedFeed, LiveFeed, head_of, spans
 from ffn_fusion.healing.loop import Objective, Training
@@ -339,13 +341,13 @@ def test_full_memory_names_what_helps(healed: Callable[..., Any], monkeypatch: p
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(Training, "_step", full)
-    with pytest.raises(UserError, match="with 2 windows at once; lower --batch-size, give --checkpoint-activations"):
+    with pytest.raises(UserError, match="with 2 windows at once; lower --batch-size, give --gradient-checkpointing"):
         healed(GLOBAL)
 
 
 def test_activations_computed_again_change_nothing(healed: Callable[..., Any], tmp_path: Path) -> None:
     healed(GLOBAL | {"losses": {"kl": 1, "mse": 1}})
-    healed(GLOBAL | {"losses": {"kl": 1, "mse": 1}}, name="again", checkpoint_activations=True)
+    healed(GLOBAL | {"losses": {"kl": 1, "mse": 1}}, name="again", gradient_checkpointing=True)
     assert losses_of(tmp_path / "again") == losses_of(tmp_path / "out")
 
 
@@ -364,3 +366,28 @@ def test_a_healed_student_can_be_healed_again(
     assert again is not None
     start, before = again.result.check_ups[0], first.check_ups[first.best]
     assert start.mean("kl") == pytest.approx(before.mean("kl"), rel=1e-5)
+
+
+def test_the_main_job_heals_what_it_fused(tiny_parent: Tiny, tmp_path: Path, texts: tuple[str, str]) -> None:
+    recipe = {"domains": {"one": texts[0]}, "stages": [GLOBAL | {"tokens": 2048, "learning_rate": 1e-3}]}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    command = ["run", tiny_parent("llama"), "--plan", STUDENT_PLAN, "--out", tmp_path / "run", "--no-steps"]
+    command += ["--heal", tmp_path / "recipe.yaml", "--heal-scale", 0.5, "--text", texts[0], "--eval-text", texts[1]]
+    command += ["--length", 32, "--windows", 2, "--eval-windows", 2, "--fit-windows", 8, "--dtype", "fp32"]
+    with pytest.raises(SystemExit) as done:
+        cli.main(list(map(str, command)))
+    assert done.value.code == 0
+    healed = read_record(tmp_path / "run" / "student", HealResult).result
+    assert healed.stages[0].num_tokens == 1024
+    assert healed.texts == [texts[0]]
+    scores = read_record(tmp_path / "run" / "eval", EvalResult).result.scores
+    assert [Path(score.model).name for score in scores[1:]] == ["fused", "student"]
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "<h2>Healing</h2>" in page
+    assert "fig-domains" in page
+
+
+def test_too_little_text_is_named(healed: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("too short")
+    with pytest.raises(UserError, match=r"short.txt has only 0 tokens in its 'fit' part; a window has 32"):
+        healed(GLOBAL | {"text": [{"text": str(tmp_path / "short.txt")}]})

@@ -6,7 +6,7 @@ from pathlib import Path
 import ffn_fusion
 
 ROOT = Path(ffn_fusion.__file__).parent
-FREE = {"errors", "folder", "settings", "progress"}
+FREE = {"errors", "folder", "settings", "settings_training", "progress"}
 MAY_IMPORT = {
     "core": {"core", "errors"},
     "hf": {"hf", "core"} | FREE,
@@ -19,15 +19,21 @@ MAY_IMPORT = {
     "__init__": set(),
     "folder": {"errors"},
     "settings": set(),
+    "settings_training": {"settings"},
     "progress": set(),
     "errors": set(),
 }
 PARTS = {
-    "stages.report": {"stages.figures", "stages.figures_heal", "stages.figures_search", "stages.gather"},
+    "stages.report": {
+        *("stages.figures", "stages.figures_heal", "stages.figures_search", "stages.figures_speed", "stages.gather"),
+    },
     "stages.figures_heal": {"stages.figures"},
     "stages.figures_search": {"stages.figures"},
+    "stages.figures_speed": {"stages.figures"},
     "stages.search": {"stages.evidence", "stages.greedy", "stages.puzzle"},
     "stages.puzzle": {"stages.evidence"},
+    "stages.bench": {"stages.entrants", "stages.timekeeper"},
+    "stages.timekeeper": {"stages.entrants"},
 }
 """Modules of one stage, which may import each other."""
 MAX_LINES = 330

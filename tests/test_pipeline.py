@@ -1,5 +1,6 @@
 """The whole command line on a tiny model: the main job, its folders, its refusals, and being killed."""
 
+import hashlib
 import json
 import os
 import signal
@@ -11,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_tokenizer
+from conftest import save_tiny_parent, tiny_tokenizer
+from test_cost import values
 from texts import write_text
 from transformers import AutoModelForCausalLM
 
@@ -21,6 +23,7 @@ from ffn_fusion.core.plan import Plan
 from ffn_fusion.core.records import AnalyzeResult, EvalResult, FuseResult
 from ffn_fusion.core.search_records import SearchResult
 from ffn_fusion.folder import read_record
+from ffn_fusion.hf import timing
 from ffn_fusion.hf.model import ModelFolder
 
 SMALL = ["--length", "32", "--windows", "4", "--batch-size", "2"]
@@ -348,6 +351,31 @@ def test_the_plan_verb_overwrites_nothing(tmp_path: Path, capsys: pytest.Capture
     assert out.read_text() == "mine"
 
 
+def test_the_main_job_meets_a_speedup(
+    texts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores and costs are made on the way; the student is what the search took."""
+    monkeypatch.setattr(timing, "elapsed_ms", values)
+    out, few = tmp_path / "run", ["--widths", 0.5, "--trials", 2, "--fit-windows", 8, "--no-steps"]
+    options = ["--speedup", 1.2, "--objective", "nll", "--text", texts[0], "--eval-text", texts[1], "--eval-windows", 2]
+    parent = save_tiny_parent("llama", tmp_path / "parent", num_hidden_layers=3)
+    assert call("run", parent, "--out", out, *options, *few, *SMALL) == 0
+    found = read_record(out / "search", SearchResult).result
+    (taken,) = found.front
+    assert found.parent_ms
+    assert taken.predicted_ms <= found.parent_ms / 1.2 * 1.003
+    assert (found.objective, len(found.candidates)) == ("nll", 2)
+    assert read_record(out / "student", FuseResult).result.plan == found.plan == taken.plan
+    made = read_record(out / "search", SearchResult).inputs
+    assert made["scores"] == digest(out / "scores")
+    assert made["costs"] == digest(out / "costs")
+    assert "Search under a budget" in (out / "report.html").read_text()
+
+
+def digest(folder: Path) -> str:
+    return hashlib.sha256((folder / "record.json").read_bytes()).hexdigest()[:16]
+
+
 REFUSED = [
     (["fuse", "{parent}", "--plan", "A0F0 A0F1", "--out", "{out}"], "twice"),
     (["fuse", "{parent}", "--plan", "A1F0 A2F2", "--out", "{out}"], "layer 0"),
@@ -378,7 +406,7 @@ REFUSED = [
     (["run", "{parent}", "--out", "{out}", "--max-kl", "1", "--eval-text", "x", "--text", "x"], "held-out"),
     (["analyze", "{parent}", "--out", "{out}", "--device", "cuda"], "GPU"),
     (["report", "{empty}", "--out", "{out}.html"], "record"),
-    (["bench", "--out", "{out}"], "parent"),
+    (["bench", "--out", "{out}"], "name models to time"),
     (["analyze", "{parent}", "--out", "{out}", "--windows", "0"], "--windows"),
     (["fuse", "{parent}", "--plan", PLAN, "--out", "{out}", "--fit-windows", "1"], "--fit-windows"),
 ]

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ffn_fusion.core.pruning import contribution, kept_channels, pool_heads, share_kept
+from ffn_fusion.core.pruning import contribution, kept_channels, lengths_without, pool_heads, share_kept
 
 
 @given(st.integers(1, 6), st.integers(1, 12), st.integers(1, 5), st.integers(0, 1000))
@@ -20,6 +20,34 @@ def test_contribution_is_the_mean_change_of_the_output_when_a_channel_is_dropped
         dropped = a.clone()
         dropped[:, channel] = 0
         assert float(found[channel]) == pytest.approx(float((a @ down.T - dropped @ down.T).norm(dim=-1).mean()))
+
+
+@given(st.integers(1, 6), st.integers(1, 12), st.integers(1, 5), st.integers(0, 1000))
+def test_beside_removed_channels_it_is_the_change_by_all_of_them(
+    num_tokens: int, width: int, hidden_size: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.randn(num_tokens, width, generator=generator)
+    down = torch.randn(hidden_size, width, generator=generator)
+    removed = torch.rand(width, generator=generator) < 0.4
+    found = lengths_without(a, removed, down)
+    for channel in set(range(width)) - set(removed.nonzero().flatten().tolist()):
+        left = ~removed
+        left[channel] = False
+        change = a @ down.T - (a * left) @ down.T
+        assert float(found[channel]) == pytest.approx(float(change.norm(dim=-1).sum()), rel=1e-4, abs=1e-4)
+    if not removed.any():
+        assert found / num_tokens == pytest.approx(contribution(a.abs().mean(0), down), rel=1e-4, abs=1e-5)
+
+
+def test_a_channel_that_makes_up_for_a_removed_one_goes_with_it() -> None:
+    """Alone the first channel is the least; beside the second, the third, which cancels it."""
+    down = torch.tensor([[1.0, 1.2, -1.2], [0.0, 0.0, 0.1]])
+    tokens = torch.ones(4, 3)
+    assert lengths_without(tokens, torch.tensor([False, False, False]), down).argmin() == 0
+    found = lengths_without(tokens, torch.tensor([False, True, False]), down)
+    assert found[2] < found[0]
+    assert float(found[2]) == pytest.approx(0.4)
 
 
 def test_the_largest_channels_are_kept_in_their_order_and_the_first_of_equal_ones() -> None:

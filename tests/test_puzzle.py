@@ -193,6 +193,23 @@ def test_foreign_scores_and_costs_are_refused(
     assert taken(forced).measured_ms is None, "times here say nothing about that device"
 
 
+def test_sizes_that_no_cost_was_measured_of_are_named(bench: Bench, tmp_path: Path) -> None:
+    shutil.copytree(bench.folder / "costs", tmp_path / "costs")
+    path = tmp_path / "costs" / "record.json"
+    record = json.loads(path.read_text())
+    rows = record["result"]["table"]["rows"]
+    record["result"]["table"]["rows"] = [row for row in rows if row["kind"] != "ffn" or row["size"] <= 512]
+    path.write_text(json.dumps(record))
+    # So few sublayers that FFNs must be fused.
+    options = ["--sublayers", 4, "--trials", 1]
+    fused = bench.search(tmp_path / "fused", *options, costs=tmp_path / "costs")
+    assert Plan.parse(fused.plan).groups
+    assert "sublayers <= 4: no cost was measured of " in fused.note
+    assert "channels (measured: 256 to 512)" in fused.note
+    assert fused.note in fused.summary()
+    assert bench.search(tmp_path / "known", *options).note == ""
+
+
 def test_one_dial_and_its_evidence(bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     both = refused(bench, tmp_path, capsys, "--speedup", 1.2, "--remove-attention", 2)
     assert "--speedup" in both
@@ -207,7 +224,7 @@ def test_a_killed_search_measures_nothing_again(bench: Bench, tmp_path: Path, mo
     options = ["--speedup", 1.4, "--trials", 3]
     whole = bench.search(tmp_path / "whole", *options)
     measured: list[str] = []
-    measure = Meter.fused
+    measure = Meter.rises
 
     def killed(self: Meter, plan: Plan) -> object:
         measured.append(str(plan))
@@ -215,7 +232,7 @@ def test_a_killed_search_measures_nothing_again(bench: Bench, tmp_path: Path, mo
             raise KeyboardInterrupt
         return measure(self, plan)
 
-    monkeypatch.setattr(Meter, "fused", killed)
+    monkeypatch.setattr(Meter, "rises", killed)
     assert bench.call(tmp_path / "search", *options) == 130
     again = bench.search(tmp_path / "search", *options)
     assert measured[2:] == [measured[2]] * 2

@@ -12,12 +12,10 @@ from typing import Any
 
 import pytest
 
+from ffn_fusion.core.bench_records import BenchModel, BenchResult, BenchRow, Spread
 from ffn_fusion.core.plan import Plan
 from ffn_fusion.core.records import (
     AnalyzeResult,
-    BenchModel,
-    BenchResult,
-    BenchRow,
     CutSummary,
     EvalResult,
     FitSummary,
@@ -26,7 +24,6 @@ from ffn_fusion.core.records import (
     MassiveActivation,
     ModelScore,
     Sample,
-    Spread,
 )
 from ffn_fusion.core.search_records import SearchResult, SearchStep
 from ffn_fusion.core.stats import Estimate

@@ -18,7 +18,7 @@ from ffn_fusion.core.cost import ParameterCounts
 from ffn_fusion.core.cost_records import Checked, CostResult
 from ffn_fusion.core.cost_table import Communication, CostTable, Measured, ModelFacts, Scenario, SublayerTime, Timing
 from ffn_fusion.core.score_grid import grid, row_of
-from ffn_fusion.core.search_records import Candidate, ChangeScore, ScoreResult, SearchResult, Similarity
+from ffn_fusion.core.search_records import Asked, Candidate, ChangeScore, Goal, ScoreResult, SearchResult, Similarity
 from ffn_fusion.folder import RECORD, read_record
 
 PARENT_MS = 8.0
@@ -157,6 +157,37 @@ def test_the_student_is_the_solvers_though_rivals_came_later(work: Path, tmp_pat
     assert "<h2>Search</h2>" not in markup
     alone = page_of(work / "random", out=tmp_path / "alone.html")
     assert "<code>A0F0 A1F1 A2F2 A4F4</code>" in section(alone, "The plan")
+
+
+def test_a_search_by_a_task_shows_what_it_went_by(work: Path, tmp_path: Path) -> None:
+    plain = section(page_of(work, out=tmp_path / "plain.html"), "Search under a budget")
+    goals = [Goal(0.5, measured(0.25), measured(-0.125)), Goal(0.3, measured(0.5), None)]
+    plans = [replace(made, goal=goal) for made, goal in zip(solver().front, goals, strict=True)]
+    put(work / "by-task", replace(budget(*plans), objective="task"), objective="task")
+    markup = page_of(work, out=tmp_path / "report.html")
+    shown = section(markup, "Search under a budget")
+    predictions = re.findall(r'<figure id="fig-predictions.*?</figure>', shown, flags=re.DOTALL)[0]
+    assert ">rise, loss of answers</text>" in predictions
+    assert "Of the rise, solver (MIP) by loss of answers, by-task: 70.0%." in text_of(predictions)
+    rows = rows_of(shown)
+    assert "measured rise predicted rise" in rows[0]
+    (row,) = [row for row in rows if "by-task" in row and PLANS[0] in row and "taken" not in row]
+    assert "0.2500 0.2000 to 0.3000 right answers −12.5% 0.5000" in row
+    (random,) = [row for row in rows if row.startswith("random") and "1.25×" in row and "taken" not in row]
+    assert "1.125 – – " in random
+    assert "measured rise" not in plain
+    assert "rise" not in text_of(plain)
+
+
+def test_questions_stand_beside_the_scores(tmp_path: Path) -> None:
+    result = score()
+    scores = [replace(s, task=measured(0.5), accuracy=measured(-0.25)) for s in result.scores]
+    asked = Asked(["arc_easy", "piqa"], 1200, "a set", measured(1.25), measured(0.5))
+    write(tmp_path / "score", "score", replace(result, scores=scores, asked=asked))
+    shown = text_of(section(page_of(tmp_path / "score", out=tmp_path / "r.html"), "What each change costs alone"))
+    assert "Also asked: 1,200 questions of arc_easy, piqa (a set), of which the parent answers 50.0% rightly" in shown
+    assert "attention, 1 kv head 0 0.02000 0.01600 to 0.02400 0.01000 0.5000 0.4000 to 0.6000 −25.0% A0/1F0" in shown
+    assert read_record(tmp_path / "score", ScoreResult).result.asked == asked
 
 
 def test_what_cannot_be_compared_is_apart(work: Path, tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def test_a_change_costs_what_its_plan_does(
     targets = meter.ids[:, 1:].flatten()
     with torch.no_grad():
         own = nll(meter.model(input_ids=meter.ids).logits[:, :-1].flatten(0, 1), targets)
-    assert sum(deviations.nll) == pytest.approx(float(own.sum()), rel=1e-5)
+    assert sum(meter.nll) == pytest.approx(float(own.sum()), rel=1e-5)
     found = changes(meter.parent.plan, meter.parent.shapes, SIZES)
     assert len(found) > 15
     for change in found[:: 1 + len(found) // 30]:

@@ -11,7 +11,7 @@ from reference import one_line
 
 from ffn_fusion.core.plan import Attention, Block, Ffn
 from ffn_fusion.core.problem import Choice, Link, Option, Problem, groups_of, plan_of
-from ffn_fusion.core.solve import shortlist, solve, tightest
+from ffn_fusion.core.solve import Solution, solve, tightest
 
 FEW = settings(max_examples=600, deadline=None)
 
@@ -126,18 +126,24 @@ def test_a_plan_without_any_ffn_is_none() -> None:
     one_line(lambda: solve(Problem([row[:1] for row in options], [0.1], {})), "no layer has an option with an FFN")
 
 
-def test_a_shortlist_is_diverse_and_best_first() -> None:
+def test_each_solution_differs_from_all_earlier_ones() -> None:
     problem = large(10)
-    found = shortlist(problem, 4, 0.7, seconds=20)
-    assert len(found) == 4
-    assert [solution.score for solution in found] == sorted(solution.score for solution in found)
+    found = [solve(problem, seconds=20)]
+    while len(found) < 4:
+        found.append(solve(problem, earlier=found, overlap=0.7, seconds=20))
     assert all(alike(a.choice, b.choice) <= 7 for i, a in enumerate(found) for b in found[:i])
-    assert found[0].score == pytest.approx(solve(problem).score, rel=2e-4)
+    assert found[0].score == min(solution.score for solution in found)
 
 
-def test_a_shortlist_ends_where_there_are_no_more() -> None:
-    assert len(shortlist(replace(chain(4, 4, 4, most=8), limits={"ms": 5.0}), 9, 0.5)) == 2
-    assert len(shortlist(replace(two_resources(), limits={}), 9, 0.5)) == 3
+@pytest.mark.parametrize(
+    ("problem", "count"),
+    [(replace(chain(4, 4, 4, most=8), limits={"ms": 5.0}), 2), (replace(two_resources(), limits={}), 3)],
+)
+def test_where_no_other_solution_is_left_that_is_said(problem: Problem, count: int) -> None:
+    found: list[Solution] = []
+    while len(found) < count:
+        found.append(solve(problem, earlier=found, overlap=0.5))
+    one_line(lambda: solve(problem, earlier=found, overlap=0.5), "no further plan", f"{count} earlier")
 
 
 def test_what_describes_no_problem_is_refused() -> None:

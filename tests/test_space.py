@@ -17,7 +17,7 @@ def test_every_divisor_of_the_kv_heads_and_widths_on_the_grid() -> None:
     # 500 goes up to 512, 100 to 128; 990 to 1024, which is no narrower than the parent.
     attentions = ["A1/4F1", "A1/2F1", "A1/1F1", "-F1"]
     assert blocks_of(found, 1) == [*attentions, "A1F1:512", "A1F1:128", "A1", "none"]
-    assert [str(change) for change in found if change.is_link] == ["A0F0+1", "A1F1+2"]
+    assert [str(change) for change in found if change.last > change.first] == ["A0F0+1", "A1F1+2"]
     assert "without 1" in [str(change) for change in found]
 
 
@@ -61,7 +61,7 @@ def test_a_parent_that_lacks_sublayers_already() -> None:
     assert blocks_of(found, 1) == ["-F1:50", "-F1L", "none"], "without its FFN there would be no block"
     assert blocks_of(found, 2) == []
     assert blocks_of(found, 3) == ["A3/1", "A3L", "none"]
-    assert [str(change) for change in found if change.is_link] == ["A0F0+1"], (
+    assert [str(change) for change in found if change.last > change.first] == ["A0F0+1"], (
         "not over padding, an attention alone or a linear FFN"
     )
     # A linear layer has no kv heads or channels to cut, and is one already.
@@ -73,4 +73,4 @@ def test_a_parent_that_lacks_sublayers_already() -> None:
         assert str(change) not in own
         changed = change.applied(parent)
         assert Block.parse("A6F6") in changed.blocks or change.first == 6
-        assert len(parent.blocks) - len(changed.blocks) == (change.block is None) + change.is_link
+        assert len(parent.blocks) - len(changed.blocks) == (change.block is None) + (change.last > change.first)

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ from shutil import copytree
 
 import pytest
 import torch
-from conftest import VOCAB_SIZE, save_tiny_parent, tiny_tokenizer
+from conftest import SPECIAL, VOCAB_SIZE, save_tiny_parent, tiny_tokenizer
 from reference import one_line
 from texts import write_text
 from tokenizers import Tokenizer
@@ -30,7 +29,8 @@ from ffn_fusion.hf.model import ModelFolder
 from ffn_fusion.hf.probe import record
 from ffn_fusion.hf.teacher_cache import SHARD, Cached, TeacherCache, ask, open_cache, write_shard
 from ffn_fusion.hf.text import read_windows
-from ffn_fusion.settings import Text, Writing
+from ffn_fusion.settings import Machine, Text
+from ffn_fusion.settings_training import Writing
 from ffn_fusion.stages import teach as stage
 from ffn_fusion.stages.teach import TEXT, teach
 
@@ -42,6 +42,24 @@ TEMPLATE = (
     "<s>{% for m in messages %}{{ '[U]' if m.role == 'user' else '[A]' }}{{ m.content }}</s>{% endfor %}"
     "{% if add_generation_prompt %}[A]{% endif %}"
 )
+KILLED = f"""
+import os, signal
+from ffn_fusion import cli
+from ffn_fusion.folder import StageFolder
+from ffn_fusion.hf import teacher_cache
+
+save = StageFolder.save
+
+def save_and_die(folder, name, data):
+    save(folder, name, data)
+    if name == "shards.json":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+StageFolder.save = save_and_die
+teacher_cache.SHARD_BYTES = {SMALL_SHARD}
+cli.main()
+"""
+"""The command line, killed when the first shard is there."""
 WRITING = Writing(write=12, max_new_tokens=40, prompt_temperature=6.0, answer_temperature=6.0)
 """Hot enough for the tiny model to say something else each time, and to come to an end now and then."""
 GREEDY = Writing(write=24, max_new_tokens=30, top_p=1e-9)
@@ -236,30 +254,25 @@ def test_memory_holds_the_answers_of_one_batch(
     assert max(held) <= 1
 
 
-def test_a_killed_run_continues_and_gives_the_same_shards(taught: Path, tiny_parent: Parent, text: Text) -> None:
-    code = "import sys; from ffn_fusion import cli; from ffn_fusion.hf import teacher_cache as t; "
-    code += f"t.SHARD_BYTES = {SMALL_SHARD}; cli.main()"
-    out = taught.parent / "killed"
-    command = [sys.executable, "-c", code, "teach", str(tiny_parent("llama")), "--out", str(out)]
+def test_a_killed_run_continues_and_gives_the_same_shards(
+    taught: Path, tiny_parent: Parent, text: Text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, partial = tmp_path / "a", tmp_path / ".a.partial"
+    command = [sys.executable, "-c", KILLED, "teach", str(tiny_parent("llama")), "--out", str(out)]
     command += ["--text", text.text[0], "--length", str(LENGTH), "--windows", "18", "--top-k", str(K)]
     command += [option for layer in LAYERS for option in ("--hidden", str(layer))]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    partial = out.parent / ".killed.partial"
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment)
-    while process.poll() is None and not (partial / SHARD.format(0)).exists():
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    done = subprocess.run(command, check=False, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == -signal.SIGKILL
     assert not out.exists()
-    before = (partial / SHARD.format(0)).stat().st_mtime_ns
-    known = (partial / "state" / "shards.json").exists()
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-    assert "taking up" in done.stderr
+    first = partial / SHARD.format(0)
+    before = first.stat().st_mtime_ns
+    assert list(partial.glob("shard-*")) == [first]
+    monkeypatch.setattr(teacher_cache, "SHARD_BYTES", SMALL_SHARD)
+    result = give(tiny_parent, text, out)
     for number in range(3):
         assert (out / SHARD.format(number)).read_bytes() == (taught / SHARD.format(number)).read_bytes()
-    assert read_record(out, TeachResult).result == read_record(taught, TeachResult).result
-    if known:
-        assert (out / SHARD.format(0)).stat().st_mtime_ns == before, "finished shards are not made again"
+    assert result == read_record(taught, TeachResult).result
+    assert (out / SHARD.format(0)).stat().st_mtime_ns == before, "finished shards are not made again"
 
 
 @pytest.fixture(scope="module")
@@ -274,7 +287,9 @@ def chatty(tiny_parent: Parent, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def write(parent: Path, out: Path, writing: Writing = WRITING, **options: object) -> TeachResult:
-    return teach(str(parent), out=out, writing=writing, **({"windows": 0} | options)).result  # type: ignore[arg-type]
+    return teach(
+        str(parent), out=out, writing=writing, **({"windows": 0, "machine": Machine(batch_size=24)} | options)
+    ).result  # type: ignore[arg-type]
 
 
 def rows(out: Path) -> list[dict[str, object]]:
@@ -307,13 +322,13 @@ def test_a_parent_writes_conversations_in_its_template(written: Path) -> None:
         assert (user, assistant) == ("user", "assistant")
         assert str(row["text"]).startswith(f"<s>[U]{prompt}</s>[A]")
         tail = str(row["text"]).removeprefix(f"<s>[U]{prompt}</s>[A]").removesuffix("</s>")
-        assert "</s>" not in tail
-        assert "".join(tail.split("<pad>")).replace("<s>", "").replace("<unk>", "").strip() == answer
+        assert tail.strip() == answer
+        assert not any(token in tail for token in ("<s>", "</s>", "<pad>")), "nobody speaks out of turn"
     ended = [row for row in documents if str(row["text"]).endswith("</s>")]
     assert 0 < len(ended) < 12, "an answer that was cut has no end"
     rejected = sum(result.written.rejected.values())
     assert result.written.share_rejected == rejected / (12 + rejected)
-    assert "unfinished" in result.written.rejected
+    assert "out of turn" in result.written.rejected
     assert "12 conversations" in result.summary()
 
 
@@ -325,14 +340,14 @@ def test_prompts_and_answers_are_the_parents_own_likeliest_words(chatty: Path) -
     def slow(head: str) -> str:
         ids = tokenizer(head, add_special_tokens=False)["input_ids"]
         start = len(ids)
-        while len(ids) < start + 30 and ids[-1] != 2:
+        while len(ids) < start + 30 and ids[-1] >= len(SPECIAL):
             ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
-        return tokenizer.decode(ids[start:])
+        return tokenizer.decode(ids[start:], skip_special_tokens=True)
 
     heads = ["<s>[U]Stone?</s>[A]", "<s>[U]Over the quiet river?</s>[A]", "<s>[U]"]
     with torch.no_grad():
-        expected = [slow(head).removesuffix("</s>") for head in heads]
-    assert [said.raw for said in writer._write(heads, 1.0, writer._answer_end)] == expected
+        expected = [slow(head) for head in heads]
+    assert [said.text for said in writer._write(heads, 1.0, writer._answer_end)] == expected
 
 
 def test_a_model_without_template_writes_documents(tiny_parent: Parent, tmp_path: Path) -> None:
@@ -391,7 +406,7 @@ def test_what_is_of_no_use_is_rejected_and_counted(chatty: Path, monkeypatch: py
         found = []
         for text, finished in next(calls):
             fault = "repeating itself" if repeats(text.split()) else None if any(map(str.isalnum, text)) else "empty"
-            found.append(author._Said(text, text, finished, fault))
+            found.append(author._Said(text, finished, fault))
         return found
 
     monkeypatch.setattr(writer, "_write", written_for)

@@ -69,6 +69,48 @@ def chosen(folder: ModelFolder, plan: Plan = PLAN) -> dict[int, Tensor]:
     return {layer: kept_channels(found[layer], width) for layer, width in plan.widths.items()}
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma", "starcoder2"])
+@pytest.mark.parametrize("steps", [1, 3, 96])
+@torch.no_grad()
+def test_channels_go_in_steps_each_by_what_is_left_of_the_output(
+    family: str, steps: int, tiny_parent: Parent, stock: Callable[[str], nn.Module]
+) -> None:
+    layer, hidden = 2, list[Tensor]()
+    mlp = stock(family).model.layers[layer].mlp
+    down = mlp.c_proj if family == "starcoder2" else mlp.down_proj
+    hook = down.register_forward_pre_hook(lambda _, args: hidden.append(args[0].flatten(0, 1)))
+    stock(family)(input_ids=windows())
+    hook.remove()
+    each = torch.cat(hidden)[:, :, None] * down.weight.T  # [N, h, d]
+    gone: list[int] = []
+    for step in range(steps):
+        left = [channel for channel in range(96) if channel not in gone]
+        change = {channel: float(each[:, [*gone, channel]].sum(1).norm(dim=-1).mean()) for channel in left}
+        gone += sorted(left, key=change.__getitem__)[: 96 * (step + 1) // steps - len(gone)]
+    walk = walk_of(ModelFolder(tiny_parent(family)))
+    *_, passed = measure(walk, windows(), [layer], steps=steps)
+    found = passed.found[layer].argsort().tolist()
+    # So near to each other in float32 that either may go first.
+    assert sum(a != b for a, b in zip(found, gone, strict=True)) <= 2
+    *_, once = measure(walk, windows(), [layer])
+    assert (found == once.found[layer].argsort().tolist()) == (steps == 1)
+    assert torch.equal(passed.stream, once.stream)
+
+
+def test_a_student_with_channels_chosen_in_steps(tiny_parent: Parent, text: Text, tmp_path: Path) -> None:
+    plan, students = "A0F0:40 A1F1 A2F2:24 A3F3 A4F4 A5F5", []
+    for name, steps in (("once", 1), ("steps", 8)):
+        fusion = Fusion(calibrate="none", channel_steps=steps)
+        out, model = tmp_path / name, str(tiny_parent("llama"))
+        made = fuse(model, plan=plan, out=out, fit_windows=4, fusion=fusion, text=text)
+        assert [cut.share is None for cut in made.result.cuts] == [steps > 1] * 2
+        assert str(made.result.cuts[0]).startswith("F0: 40 of 96 channels")
+        assert ("channel_steps" in made.inputs["fusion"]) == (steps > 1), "results from before stay valid"
+        students.append(ModelFolder(out).checkpoint.read("model.layers.0.mlp.up_proj.weight"))
+    assert students[0].shape == students[1].shape
+    assert not torch.equal(*students)
+
+
 @families
 @folded_or_last
 @torch.no_grad()

@@ -46,6 +46,8 @@ class BldResult:
     norm: str
     units: list[UnitResult]
     sample: Sample
+    channel_steps: int = 1
+    """In which channels were chosen."""
 
     def summary(self) -> str:
         return "\n".join(

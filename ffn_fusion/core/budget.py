@@ -48,7 +48,11 @@ class Ledger:
 
     def model(self, blocks: Sequence[Block]) -> Uses:
         """What a model of these blocks takes, each fused FFN by its own width."""
-        return self._uses(shapes_of(blocks, self.shapes, self.multiple))
+        return self._uses(self.sized(blocks))
+
+    def sized(self, blocks: Sequence[Block]) -> list[BlockShape]:
+        """Shapes of these blocks in the student's layout."""
+        return shapes_of(blocks, self.shapes, self.multiple)
 
     def _uses(self, shapes: Sequence[BlockShape]) -> Uses:
         cost, request = self.table.cost(shapes), self.table.scenario
@@ -68,9 +72,11 @@ def _difference(more: Uses, less: Uses) -> Uses:
 
 @dataclass(frozen=True)
 class Scores:
-    """Single changes of a parent, and the Gram matrix of their deviations [M, M] in the same order."""
+    """Single changes of a parent, what each costs by some objective [M], and the Gram matrix of their deviations
+    [M, M], all in the same order."""
 
     changes: Sequence[ChangeScore]
+    values: NDArray[np.float64]
     gram: NDArray[np.float64]
 
 
@@ -84,10 +90,11 @@ class Variants:
 
     def problem(self, ledger: Ledger, limits: Uses, *, max_width: int | None, fuse: bool, strength: float) -> Problem:
         """The choice among all variants within `limits`. `strength` 0 leaves the interactions out."""
-        values = np.array([score.kl.mean for score in self._scores.changes])
         gram = strength * self._scores.gram
         links = list(self._links(ledger)) if fuse else []
-        values, gram = _relative_to_removal(values, gram, {link.item: self._removal(link.left + 1) for link in links})
+        values, gram = _relative_to_removal(
+            self._scores.values, gram, {link.item: self._removal(link.left + 1) for link in links}
+        )
         return Problem(
             options=[list(self._options(layer, ledger)) for layer in range(len(ledger.shapes))],
             scores=values.tolist(),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from ffn_fusion.core.cost_table import Measured
-from ffn_fusion.core.search_records import Candidate
+from ffn_fusion.core.search_records import Candidate, Objective
 
 SOLVER = "mip"
 METHODS = {
@@ -40,6 +40,7 @@ class Series:
     name: str
     candidates: Sequence[Candidate]
     parent_measured_ms: Measured | None = None
+    objective: Objective = "kl"
 
     @property
     def plans(self) -> list[Candidate]:
@@ -60,6 +61,11 @@ class Series:
     def kls(self) -> list[Pair]:
         """Predicted and measured KL of every plan."""
         return [(c.predicted_kl, c.kl.mean) for c in self.plans]
+
+    @property
+    def goals(self) -> list[Pair]:
+        """Predicted and measured rise of what the search went by in place of the KL, of every plan."""
+        return [(c.goal.predicted, c.goal.measured.mean) for c in self.plans if c.goal]
 
     @property
     def times(self) -> list[Pair]:

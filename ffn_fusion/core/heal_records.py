@@ -81,14 +81,12 @@ class StageOutcome:
     """Parameters that moved."""
     seconds: float
     """Of training alone, without check-ups."""
+    tokens_per_second: float
+    """Over all ranks, once warm."""
     share_of_peak: float | None
     """Model FLOPs a second (docs/method.md) over those of a large matrix product on the same device."""
     peak_memory_gb: float | None
     drawn: list[Drawn]
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.num_tokens / self.seconds if self.seconds else 0.0
 
     def __str__(self) -> str:
         share = f", {self.share_of_peak:.0%} of the device's matrix product" if self.share_of_peak else ""

@@ -34,8 +34,21 @@ def contribution(activations_h: Tensor, down_dh: Tensor) -> Tensor:
     return activations_h.double() * lengths
 
 
+def lengths_without(activations_nh: Tensor, removed_h: Tensor, down_dh: Tensor) -> Tensor:
+    """Length of the change of an FFN's output when a channel is dropped beside those `removed`, summed over tokens [h].
+
+    With s the sum of what the removed ones add, |s + a_i d_i|^2 = |s|^2 + 2 a_i (s . d_i) + a_i^2 |d_i|^2.
+    """
+    activations, down = activations_nh.float(), down_dh.float()
+    lost = (activations * removed_h) @ down.T
+    squares = lost.square().sum(-1, keepdim=True) + 2 * activations * (lost @ down)
+    squares += activations.square() * down.square().sum(0)
+    # Below 0 by rounding, where a channel takes back what is lost.
+    return squares.clamp(min=0).sqrt().sum(0, dtype=torch.float64)
+
+
 def kept_channels(contribution_h: Tensor, width: int) -> Tensor:
-    """The `width` channels of largest contribution, in their own order; of equal ones the first."""
+    """The `width` channels of largest contribution (or last to go), in their own order; of equal ones the first."""
     order = torch.sort(contribution_h, descending=True, stable=True).indices
     return order[:width].sort().values
 

@@ -94,15 +94,17 @@ class FitSummary:
 
 @dataclass(frozen=True)
 class CutSummary:
-    """An FFN made narrower: the channels kept, of how many, and their share of the contribution of all (Puzzle)."""
+    """An FFN made narrower: the channels kept, of how many, and their share of the contribution of all (Puzzle);
+    chosen in several steps, channels have places and no such share."""
 
     layer: int
     width: int
     parent_width: int
-    share: float
+    share: float | None
 
     def __str__(self) -> str:
-        return f"F{self.layer}: {self.width:,} of {self.parent_width:,} channels, {self.share:.1%} of the contribution"
+        share = "" if self.share is None else f", {self.share:.1%} of the contribution"
+        return f"F{self.layer}: {self.width:,} of {self.parent_width:,} channels{share}"
 
 
 @dataclass(frozen=True)
@@ -235,66 +237,3 @@ def _task_lines(task: TaskResult) -> list[str]:
             share = f"  {score.share_of_parent:.1%} of parent" if score.share_of_parent is not None else ""
             lines.append(f"  {metric.name:22} {score.model[-30:]:30} {score.value!s:>18}{against}{share}")
     return lines
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Median and quartiles of a timing, in milliseconds."""
-
-    median: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class BenchRow:
-    """One model at one batch size."""
-
-    model: str
-    batch_size: int
-    prefill_ms: Spread
-    decode_ms: Spread
-    bandwidth_share: float
-    """Bytes that a decode step must move, over the measured copy bandwidth times its time."""
-    prefill_speedup: float
-    decode_speedup: float
-
-
-@dataclass(frozen=True)
-class BenchModel:
-    """What a model costs by count alone."""
-
-    model: str
-    num_parameters: int
-    kv_bytes_per_token: int
-    num_blocks: int
-    num_attentions: int
-    num_sublayers: int
-    """Sequential sublayers; as many all-reduces a token under tensor parallelism."""
-
-
-@dataclass(frozen=True)
-class BenchResult:
-    """Decode and prefill times, the models interleaved in one process."""
-
-    models: list[BenchModel]
-    rows: list[BenchRow]
-    prompt_length: int
-    new_tokens: int
-    repeats: int
-    copy_gb_per_s: float
-    how: str = "eager, with a cache that grows"
-
-    def summary(self) -> str:
-        lines = [f"{'model':36} {'batch':>5} {'prefill ms':>10} {'ms/token':>9} {'decode':>8} {'of bandwidth':>12}"]
-        lines += [
-            f"{r.model[-36:]:36} {r.batch_size:5d} {r.prefill_ms.median:10.1f} {r.decode_ms.median:9.2f} "
-            f"{r.decode_speedup:7.2f}x {r.bandwidth_share:12.0%}"
-            for r in self.rows
-        ]
-        lines += [
-            f"{m.model[-36:]:36} {m.num_parameters:,} parameters, {m.kv_bytes_per_token:,} kv bytes/token, "
-            f"{m.num_sublayers} sequential sublayers"
-            for m in self.models
-        ]
-        return "\n".join([*lines, f"timed: {self.how}"])

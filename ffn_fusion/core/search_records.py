@@ -1,6 +1,7 @@
 """Results of `score` and `search`."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from ffn_fusion.core.cost_table import Measured
 from ffn_fusion.core.plan import Plan
@@ -9,6 +10,27 @@ from ffn_fusion.core.stats import Estimate
 
 INTERACTIONS = "interactions.safetensors"
 """File beside the record of `score`: "gram" [M, M], the Gram matrix of the changes' deviations."""
+
+Objective = Literal["kl", "nll", "task"]
+"""What a search makes as small as it can; also the name of its field in `Rises` and `ChangeScore`."""
+GOALS: dict[Objective, str] = {"kl": "KL", "nll": "LM loss", "task": "loss of answers"}
+"""The objectives in words; of a loss it is the rise that counts."""
+
+
+@dataclass(frozen=True)
+class Rises:
+    """What was measured of a plan: KL to the parent and rise of the LM loss, in nats a token; where questions were
+    asked, the rise of the loss of the right answer in nats a question, and the change of the share of right ones."""
+
+    kl: Estimate
+    nll: Estimate
+    task: Estimate | None = None
+    accuracy: Estimate | None = None
+
+    def by(self, objective: Objective) -> Estimate:
+        """What the objective is about."""
+        found: Estimate = getattr(self, objective)
+        return found
 
 
 @dataclass(frozen=True)
@@ -23,7 +45,7 @@ class Similarity:
 
 @dataclass(frozen=True)
 class ChangeScore:
-    """One change of the parent and what it costs alone: KL to the parent, and the rise of the LM loss, in nats a token.
+    """One change of the parent and what it costs alone, as in `Rises`.
 
     `block` stands in the place of layers `first` to `last`; empty if nothing does.
     """
@@ -33,6 +55,20 @@ class ChangeScore:
     block: str
     kl: Estimate
     nll: Estimate
+    task: Estimate | None = None
+    accuracy: Estimate | None = None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The questions that changes were scored on, and the parent's own answers: loss of the right one in nats a
+    question, and the share of right ones."""
+
+    tasks: list[str]
+    num_items: int
+    data: str
+    loss: Estimate
+    accuracy: Estimate
 
 
 @dataclass(frozen=True)
@@ -45,12 +81,16 @@ class ScoreResult:
     fit_sample: Sample | None
     scores: list[ChangeScore]
     similarity: Similarity
+    asked: Asked | None = None
 
     def summary(self) -> str:
         ranked = sorted(self.scores, key=lambda score: score.kl.mean)
-        return f"{len(self.scores)} changes scored on {self.sample.num_tokens:,} tokens, cheapest (KL):\n" + "\n".join(
-            f"  {score.block or f'without {score.first}':16} {score.kl}" for score in ranked[:12]
-        )
+        questions = f" and {self.asked.num_items:,} questions" if self.asked else ""
+        lines = [f"{len(self.scores)} changes scored on {self.sample.num_tokens:,} tokens{questions}, cheapest (KL):"]
+        for score in ranked[:12]:
+            answers = f"  answers' loss {score.task}" if score.task else ""
+            lines.append(f"  {score.block or f'without {score.first}':16} {score.kl}{answers}")
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -60,6 +100,16 @@ class SearchStep:
     action: str
     kl: Estimate
     kept: bool
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a search went by where that is not the KL, as in `Rises`: predicted by the scores, and measured."""
+
+    predicted: float
+    measured: Estimate
+    accuracy: Estimate | None = None
+    """Change of the share of right answers, where questions were asked."""
 
 
 @dataclass(frozen=True)
@@ -82,13 +132,15 @@ class Candidate:
     gap: float = 0.0
     best: bool = False
     """Whether it is the one taken for its budget."""
+    goal: Goal | None = None
+    """None where the search goes by the KL."""
 
     def __str__(self) -> str:
         timed = f" (measured {self.measured_ms.ms:.3f})" if self.measured_ms else ""
-        return (
-            f"{self.origin:14} KL {self.kl} (predicted {self.predicted_kl:.3f}), decode {self.predicted_ms:.3f} ms"
-            f"{timed}{'  <- taken' if self.best else ''}"
-        )
+        goal = f" goal {self.goal.measured} (predicted {self.goal.predicted:.3f})," if self.goal else ""
+        kl = f" KL {self.kl} (predicted {self.predicted_kl:.3f}),"
+        taken = "  <- taken" if self.best else ""
+        return f"{self.origin:14}{goal}{kl} decode {self.predicted_ms:.3f} ms{timed}{taken}"
 
 
 @dataclass(frozen=True)
@@ -109,6 +161,7 @@ class SearchResult:
     """A decode step of the parent, by the cost table."""
     parent_measured_ms: Measured | None = None
     note: str = ""
+    objective: Objective = "kl"
 
     @property
     def front(self) -> list[Candidate]:
@@ -128,6 +181,8 @@ class SearchResult:
         if self.parent_ms:
             measured = f", {self.parent_measured_ms.ms:.3f} measured" if self.parent_measured_ms else ""
             lines.append(f"parent: decode {self.parent_ms:.3f} ms by the cost table{measured}")
+        if self.objective != "kl":
+            lines.append(f"goal: least rise of the {GOALS[self.objective]}")
         for target in dict.fromkeys(candidate.target for candidate in self.candidates):
             lines.append(f"{target}:")
             lines += [f"  {candidate}" for candidate in self.candidates if candidate.target == target]

@@ -71,22 +71,6 @@ def solve(
     return solution_of(problem, choice, "optimal" if within <= gap else "time limit", within)
 
 
-def shortlist(
-    problem: Problem, count: int, overlap: float = 0.8, *, seconds: float = 60, gap: float = 1e-4
-) -> list[Solution]:
-    """Up to `count` solutions, best first, any two alike in at most `overlap` of all layers; fewer if there are none.
-
-    `seconds` are for each of them.
-    """
-    found = [solve(problem, seconds=seconds, gap=gap)]
-    while len(found) < count:
-        try:
-            found.append(solve(problem, earlier=found, overlap=overlap, seconds=seconds, gap=gap))
-        except UserError:
-            break
-    return sorted(found, key=lambda solution: solution.score)
-
-
 def tightest(problem: Problem, resource: str, *, others: bool = True, seconds: float = 60) -> float | None:
     """The least of a resource that a plan can use, within the `others` limits or alone; None if those allow no plan."""
     limits = {name: limit for name, limit in problem.limits.items() if others and name != resource}

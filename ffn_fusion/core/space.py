@@ -20,10 +20,6 @@ class Change:
     last: int
     block: Block | None
 
-    @property
-    def is_link(self) -> bool:
-        return self.last > self.first
-
     def applied(self, parent: Plan) -> Plan:
         """The parent with this one change."""
         replaced = range(self.first, self.last + 1)

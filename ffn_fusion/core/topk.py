@@ -39,15 +39,21 @@ class Packed(NamedTuple):
 
 def top_k(logits_nv: Tensor, k: int, temperature: float = 1.0) -> TopK:
     """The k < v likeliest tokens of each prediction, in float32, a chunk of tokens at a time."""
-    parts = []
-    for chunk in chunks(logits_nv):
+    shape = (len(logits_nv), k)
+    top = TopK(
+        logits_nv.new_empty(shape, dtype=torch.long),
+        logits_nv.new_empty(shape, dtype=torch.float),
+        logits_nv.new_empty(shape[:1], dtype=torch.float),
+    )
+    # Into place: results kept from each chunk would sit between the chunks in a CPU's heap, and none of it came free.
+    for chunk, ids, log_probs, tail in zip(chunks(logits_nv), *map(chunks, top), strict=True):
         z = chunk.float() / temperature
-        kept, ids = z.topk(k)
+        torch.topk(z, k, out=(log_probs, ids))
         total = z.logsumexp(-1)
         # Not 1 - sum: a tail of less than 1e-7 would be lost in rounding.
-        others = z.scatter_(-1, ids, -torch.inf).logsumexp(-1)
-        parts.append(TopK(ids, kept - total[:, None], others - total))
-    return TopK(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        torch.sub(z.scatter_(-1, ids, -torch.inf).logsumexp(-1), total, out=tail)
+        log_probs -= total[:, None]
+    return top
 
 
 def pack(top: TopK) -> Packed:

@@ -74,7 +74,7 @@ def _windows(source: Source, tokenizer: PreTrainedTokenizerBase, length: int, co
             break
     whole = min(len(ids) // length, max(1, count))
     if not whole:
-        raise UserError(f"text {source.text} has only {len(ids):,} tokens to train on; a window has {length:,}")
+        raise UserError(f"text {source.text} has only {len(ids):,} tokens in its 'fit' part; a window has {length:,}")
     return np.frombuffer(ids, dtype=np.int32)[: whole * length].astype(np.uint32).reshape(whole, length)
 
 

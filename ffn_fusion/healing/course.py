@@ -5,6 +5,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,9 @@ class Progress:
     stage: int = 0
     step: int = 0
     seconds: float = 0.0
+    warm_seconds: float = 0.0
+    """Without the first steps of each process, which compile and fill caches, and `warm_steps` were made in them."""
+    warm_steps: int = 0
     checkpoint: str = ""
     stages: list[StageOutcome] = field(default_factory=list)
     check_ups: list[CheckUp] = field(default_factory=list)
@@ -116,9 +120,8 @@ class Course:
     def run(self) -> None:
         """Go on from where `progress` is to the end, or to where a guard stops it."""
         for number in range(self.progress.stage, len(self.recipe.stages)):
-            self._stage(number, self.recipe.stages[number])
-            if self.progress.stopped:
-                break
+            if not self.progress.stopped:
+                self._stage(number, self.recipe.stages[number])
 
     def _stage(self, number: int, stage: TrainingStage) -> None:
         progress, habits = self.progress, self.habits
@@ -138,8 +141,9 @@ class Course:
             return
         live = self.pair.parent if self.parent and needs_parent(stage) else None
         flops = training_flops(live, self.pair.student, stage)
-        speed = progress.step * stage.windows_per_step * stage.length / progress.seconds / self.ranks.size
-        share = flops * speed / matrix_flops(habits.dtype, self.ranks.device) if flops else None
+        speed = self._tokens_per_second(stage)
+        peak = matrix_flops(habits.dtype, self.ranks.device)
+        share = flops * speed / self.ranks.size / peak if flops else None
         outcome = StageOutcome(
             stage.name,
             stage.num_steps,
@@ -147,12 +151,14 @@ class Course:
             stage.length,
             training.num_trained,
             round(progress.seconds, 2),
+            round(speed, 1),
             share,
             _peak_memory(self.ranks.device),
             drawn,
         )
         progress.stages.append(outcome)
-        progress.stage, progress.step, progress.seconds = number + 1, 0, 0.0
+        progress.stage, progress.step = number + 1, 0
+        progress.seconds, progress.warm_seconds, progress.warm_steps = 0.0, 0.0, 0
         self._save_progress()
 
     def _feed(self, number: int, stage: TrainingStage, objective: Objective) -> tuple[Feed, list[Drawn]]:
@@ -179,8 +185,10 @@ class Course:
         every = max(1, stage.num_steps // POINTS)
         stops = sorted({*range(every, stage.num_steps, every), *saved, *examined})
         stops = [stop for stop in stops if stop > progress.step]
-        since = time.monotonic()
-        for done in track(training.run(progress.step, stops), f"heal: {stage.name}", len(stops)):
+        since, before = time.monotonic(), progress.step
+        cold = True
+        speed = partial(self._speed, stage)
+        for done in track(training.run(progress.step, stops), f"heal: {stage.name}", len(stops), speed):
             if done.broken is not None:
                 where = f"step {done.broken + 1:,} of stage {stage.name}"
                 progress.stopped = f"the loss is not a number at {where}; lower its learning_rate"
@@ -188,7 +196,11 @@ class Course:
                 return
             self._note(done, done_before, tokens_before)
             step = done.point.step
-            progress.seconds += time.monotonic() - since
+            elapsed = time.monotonic() - since
+            progress.seconds += elapsed
+            progress.warm_seconds += elapsed * (not cold)
+            progress.warm_steps += (step - before) * (not cold)
+            cold, before = False, step
             if step in saved or step in examined:
                 progress.step = step
                 name = checkpoints.save(student, training.optimizer, self.folder.state, done_before + step, self.ranks)
@@ -200,6 +212,21 @@ class Course:
             if progress.stopped:
                 return
             since = time.monotonic()
+
+    def _speed(self, stage: TrainingStage) -> str:
+        """Loss and tokens a second so far, for the progress bar."""
+        progress = self.progress
+        loss = f"loss {progress.losses[-1][1]:.3f}, " if progress.losses else ""
+        return f"{loss}{self._tokens_per_second(stage):,.0f} tokens/s"
+
+    def _tokens_per_second(self, stage: TrainingStage) -> float:
+        """So far in this stage, over all ranks."""
+        progress = self.progress
+        done = progress.curve[-1].step - sum(outcome.num_steps for outcome in progress.stages)
+        steps, seconds = progress.warm_steps, progress.warm_seconds
+        if not steps:
+            steps, seconds = done, progress.seconds
+        return steps * stage.windows_per_step * stage.length / seconds
 
     def _note(self, done: Done, steps_before: int, tokens_before: int) -> None:
         point = done.point

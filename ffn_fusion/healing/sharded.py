@@ -126,7 +126,9 @@ def load(folder: ModelFolder, config: Any, form: Form, ranks: Ranks) -> Model:
     restore_buffers(model, ranks.device)
     if form.checkpointed:
         model.train()
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # The name from transformers 5.23 on, and the one before.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     wrapped = Model(model)
     if spread:
         shard(wrapped)

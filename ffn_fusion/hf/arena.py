@@ -19,7 +19,8 @@ class Arena:
     """
 
     def __init__(self, num_values: int, device: torch.device, dtype: torch.dtype) -> None:
-        if device.type == "cpu" and num_values * dtype.itemsize > _available():
+        # Asked first, since Linux would rather end the process than refuse.
+        if device.type == "cpu" and num_values * dtype.itemsize > available(device):
             raise torch.OutOfMemoryError("more than the memory that is free")
         self.values = torch.empty(num_values, device=device, dtype=dtype).normal_(std=SPREAD)
         self.used = 0
@@ -33,8 +34,10 @@ class Arena:
         return self.values[start : start + prod(shape)].view(shape)
 
 
-def _available() -> float:
-    """Bytes of the host's memory that are free. Asked first, since Linux would rather end the process than refuse."""
+def available(device: torch.device) -> float:
+    """Bytes of a device's memory that are free."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
     lines = MEMINFO.read_text().splitlines() if MEMINFO.is_file() else []
     return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), inf)
 

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ffn_fusion.errors import UserError
-from ffn_fusion.settings import Writing
+from ffn_fusion.settings_training import Writing
 
 MARK = "\ue000"
 """Stands in for what is said; a character that no template and no text uses."""
@@ -41,11 +41,9 @@ class _End(NamedTuple):
 
 
 class _Said(NamedTuple):
-    """Something written: as it stands in the text, as a reader sees it, whether it came to its end, and why it is of no
-    use, if it is not."""
+    """Something written, whether it came to its end, and why it is of no use, if it is not."""
 
-    raw: str
-    plain: str
+    text: str
     finished: bool
     fault: str | None
 
@@ -90,13 +88,13 @@ class Author:
         rejected: Counter[str] = Counter()
         prompts: dict[str, str] = {}
         for said in self._write([self._opening] * self._batch_size, self._writing.prompt_temperature, self._user_end):
-            asked = Document("", [{"role": "user", "content": said.plain}])
+            asked = Document("", [{"role": "user", "content": said.text.strip()}])
             fault = said.fault or (None if said.finished else "unfinished")
             fault = fault or ("duplicate" if asked.key in known | prompts.keys() else None)
             if fault:
                 rejected[fault] += 1
             else:
-                prompts[asked.key] = said.plain
+                prompts[asked.key] = said.text.strip()
         questions = [[{"role": "user", "content": prompt}] for prompt in prompts.values()]
         heads = [self._render(question) for question in questions]
         documents = []
@@ -105,15 +103,16 @@ class Author:
             if said.fault:
                 rejected[said.fault] += 1
             else:
-                text = head + said.raw + (self._closing if said.finished else "")
-                documents.append(Document(self._bare(text), [*question, {"role": "assistant", "content": said.plain}]))
+                text = head + said.text + (self._closing if said.finished else "")
+                answer = {"role": "assistant", "content": said.text.strip()}
+                documents.append(Document(self._bare(text), [*question, answer]))
         return documents, rejected
 
     def _texts(self, known: set[str]) -> tuple[list[Document], Counter[str]]:
         rejected: Counter[str] = Counter()
         documents: dict[str, Document] = {}
         for said in self._write([self._opening] * self._batch_size, self._writing.prompt_temperature, self._user_end):
-            document = Document(said.plain, [])
+            document = Document(said.text.strip(), [])
             fault = said.fault or ("duplicate" if document.key in known | documents.keys() else None)
             if fault:
                 rejected[fault] += 1
@@ -137,7 +136,7 @@ class Author:
             top_p=self._writing.top_p,
             top_k=0,
             repetition_penalty=1.0,
-            eos_token_id=end.tokens,
+            eos_token_id=[*end.tokens, *self._tokenizer.all_special_ids],
             pad_token_id=self._tokenizer.pad_token_id,
             use_cache=True,
             **options,
@@ -145,15 +144,17 @@ class Author:
         return [self._said(row, end) for row in ids[:, inputs["input_ids"].shape[1] :].tolist()]
 
     def _said(self, ids: list[int], end: _End) -> _Said:
-        length = next((place for place, token in enumerate(ids) if token in end.tokens), len(ids))
-        raw, plain = (
-            self._tokenizer.decode(ids[:length], skip_special_tokens=skip).partition(end.string or MARK)
-            for skip in (False, True)
-        )
-        fault = "repeating itself" if repeats(self._ids(raw[0])) else None
-        if not any(map(str.isalnum, plain[0])):
+        # Any other special token is out of turn: another's words, or the padding behind an end.
+        stops = {*end.tokens, *self._tokenizer.all_special_ids}
+        length = next((place for place, token in enumerate(ids) if token in stops), len(ids))
+        text, ended, _ = self._tokenizer.decode(ids[:length]).partition(end.string or MARK)
+        finished = bool(ended) or ids[length : length + 1] in [[token] for token in end.tokens]
+        fault = "repeating itself" if repeats(self._ids(text)) else None
+        if not any(map(str.isalnum, text)):
             fault = "empty"
-        return _Said(raw[0], plain[0].strip(), length < len(ids) or bool(raw[1]), fault)
+        elif length < len(ids) and not finished:
+            fault = "out of turn"
+        return _Said(text, finished, fault)
 
     def _end(self, string: str) -> _End:
         """The model's own end tokens, and the template's, if it is one token, else as a string."""

@@ -56,8 +56,11 @@ class TrainedUnit:
 class Distillation:
     """Trains units of a parent, front to back; `library` is what they start from, and the caller adds to it."""
 
-    def __init__(self, walk: ParentWalk, norm: Norm, training: Training, library: Library) -> None:
+    def __init__(
+        self, walk: ParentWalk, norm: Norm, training: Training, library: Library, channel_steps: int = 1
+    ) -> None:
         self.walk, self.norm, self.training, self.library = walk, norm, training, library
+        self.channel_steps = channel_steps
 
     def run(self, ids: Tensor, blocks: Collection[Block], measured: Callable[[], None]) -> Iterator[TrainedUnit]:
         """Yield each unit when it is done. `ids` is [windows, length]; the last eighth of the windows is held out.
@@ -80,7 +83,7 @@ class Distillation:
     def _step(self, stream: Tensor, index: int, blocks: Collection[Block], measured: Callable[[], None]) -> None:
         cut = any(ffn.layer == index and ffn.width is not None for block in blocks for ffn in block.ffns)
         if cut and index not in self.library.contributions:
-            self.library.contributions[index] = contribution_of(self.walk, stream, index)
+            self.library.contributions[index] = contribution_of(self.walk, stream, index, self.channel_steps)
             measured()
         else:
             self.walk.step(stream, index)

@@ -1,7 +1,6 @@
 """One rank of `collectives`: `python -m ffn_fusion.hf.collective_rank ORDER`; rank 0 prints the times as JSON."""
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -10,25 +9,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ffn_fusion.hf.ranks import joined
+
 REPEATS = 20
 CHAIN = 20
 """Collectives in a row, each waiting for the one before; a time is the mean over them."""
 
 
 def main(order: dict[str, Any]) -> list[list[float]]:
-    rank, ranks, on_gpu = order["rank"], order["ranks"], order["device"] == "cuda"
-    device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
-    if on_gpu:
-        torch.cuda.set_device(device)
-    else:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
-    dist.init_process_group(
-        "nccl" if on_gpu else "gloo", init_method=f"file://{order['store']}", rank=rank, world_size=ranks
-    )
-    times = [measure(name, shape, getattr(torch, order["dtype"]), device) for name, shape in order["requests"]]
-    dist.barrier()
-    dist.destroy_process_group()
-    return times
+    dtype = getattr(torch, order["dtype"])
+    with joined(order) as ranks:
+        return [measure(name, shape, dtype, ranks.device) for name, shape in order["requests"]]
 
 
 def measure(name: str, shape: list[int], dtype: torch.dtype, device: torch.device) -> list[float]:

@@ -5,25 +5,14 @@ tensors.
 """
 
 import json
-import os
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 
 import torch
 
 from ffn_fusion.core.cost_table import Communication, Measured, Scenario, Timing
-from ffn_fusion.errors import UserError
+from ffn_fusion.hf.ranks import check_ranks, run_ranks
 
 RANK = "ffn_fusion.hf.collective_rank"
 TIMEOUT = 600
-
-
-def check_ranks(ranks: int, device: torch.device) -> None:
-    """`UserError` if there are fewer GPUs than ranks."""
-    if device.type == "cuda" and torch.cuda.device_count() < ranks:
-        raise UserError(f"--tensor-parallel {ranks} needs {ranks} GPUs; there are {torch.cuda.device_count()} here")
 
 
 def measure_communication(
@@ -46,36 +35,7 @@ def measure_communication(
 def _run(
     ranks: int, requests: list[tuple[str, list[int]]], dtype: torch.dtype, device: torch.device
 ) -> list[list[float]]:
-    # NVLS multicast can hang or fail on hosts that do not hand it through.
-    environment = os.environ | {"NCCL_NVLS_ENABLE": "0"}
-    with tempfile.TemporaryDirectory() as scratch:
-        order = {
-            "ranks": ranks,
-            "store": str(Path(scratch) / "store"),
-            "device": device.type,
-            "dtype": str(dtype).removeprefix("torch."),
-            "requests": requests,
-        }
-        children = [
-            subprocess.Popen(
-                [sys.executable, "-m", RANK, json.dumps(order | {"rank": rank})],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                env=environment,
-            )
-            for rank in range(ranks)
-        ]
-        try:
-            answers = [child.communicate(timeout=TIMEOUT) for child in children]
-        except subprocess.TimeoutExpired:
-            raise UserError(f"{ranks} ranks did not finish an all-reduce within {TIMEOUT} seconds") from None
-        finally:
-            for child in children:
-                child.kill()
-    for child, (_, errors) in zip(children, answers, strict=True):
-        if child.returncode:
-            said = errors.strip().splitlines()
-            raise UserError(f"the all-reduce across {ranks} ranks failed: {said[-1] if said else child.returncode}")
-    times: list[list[float]] = json.loads(answers[0][0].splitlines()[-1])
+    order = {"dtype": str(dtype).removeprefix("torch."), "requests": requests}
+    said = run_ranks(RANK, order, ranks, device.type, TIMEOUT, f"the all-reduce across {ranks} ranks")
+    times: list[list[float]] = json.loads(said.splitlines()[-1])
     return times

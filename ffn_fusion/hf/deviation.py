@@ -7,18 +7,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ffn_fusion.core.answers import Answers
 from ffn_fusion.core.fisher import Sketcher, signs
-from ffn_fusion.core.losses import nll
 from ffn_fusion.core.search_records import Similarity
 from ffn_fusion.core.space import Change
 from ffn_fusion.hf.arch import ATTENTION, FFN
-from ffn_fusion.hf.meter import Meter, kl_per_window
+from ffn_fusion.hf.meter import Meter, kl_per_window, nll_per_window
 from ffn_fusion.hf.probe import record, resume
 
 
 @dataclass(frozen=True)
 class Deviation:
-    """What one change does to the parent's predictions on the measuring text.
+    """What one change does to the parent's predictions on the measuring text, and what the changed model answers.
 
     `kl` and `nll` (of the changed model) are sums over the tokens of each window, in nats; `sketch` [N, K] is the
     change of the logits in the Fisher metric (core/fisher.py).
@@ -27,6 +27,7 @@ class Deviation:
     kl: list[float]
     nll: list[float]
     sketch: Tensor
+    answers: Answers | None
 
 
 class Deviations:
@@ -41,21 +42,18 @@ class Deviations:
         self._sketchers = meter.halving(lambda: [Sketcher(ref, projection) for ref in meter.references])
         self._streams: list[list[Tensor]]
         """The parent's stream before each layer and after the last, [length, d] of each window."""
-        self.nll: list[float]
-        """Of the parent, summed over the tokens of each window."""
-        self._streams, self.nll, self.similarity = meter.halving(self._parent)
+        self._streams, self.similarity = meter.halving(self._parent)
 
-    def _parent(self) -> tuple[list[list[Tensor]], list[float], Similarity]:
+    def _parent(self) -> tuple[list[list[Tensor]], Similarity]:
         meter = self._meter
-        streams, loss, turns = [], list[float](), []
+        streams, turns = [], []
         for batch in meter.batches():
             clean = record(meter.model, meter.ids[batch])
             host = [stream.cpu() for stream in clean.streams]
             streams += [[stream[window] for stream in host] for window in range(len(host[0]))]
-            loss += _nll(clean.logits, meter.ids[batch])
             turns.append(torch.stack(list(_similarities(meter.model, clean.streams, clean.outputs)), 1))
         attention, ffn, layer = torch.cat(turns).mean(0).T.tolist()
-        return streams, loss, Similarity(attention, ffn, layer)
+        return streams, Similarity(attention, ffn, layer)
 
     def of(self, change: Change) -> Deviation:
         """Build, fit and measure one change."""
@@ -76,15 +74,9 @@ class Deviations:
             logits = resume(student, ids, first, stream.to(student.device))
             assert logits is not None
             kl += kl_per_window(meter.references[batch], logits)
-            loss += _nll(logits, ids)
+            loss += nll_per_window(logits, ids)
             sketches += [sketch(window).cpu() for sketch, window in zip(self._sketchers[batch], logits, strict=True)]
-        return Deviation(kl, loss, torch.cat(sketches))
-
-
-def _nll(logits: Tensor, ids: Tensor) -> list[float]:
-    per_token = nll(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-    sums: list[float] = per_token.view(len(ids), -1).sum(1).tolist()
-    return sums
+        return Deviation(kl, loss, torch.cat(sketches), meter.ask(student) if meter.ask else None)
 
 
 def _similarities(

@@ -39,8 +39,9 @@ class Library:
         self.files, self.contributions = dict(files), dict(contributions)
 
     @classmethod
-    def open(cls, folder: Path, parent: ModelFolder, norm: Norm) -> "Library":
-        """The library in a folder that `bld` made; `UserError` if it is of another parent or norm mode."""
+    def open(cls, folder: Path, parent: ModelFolder, norm: Norm, channel_steps: int = 1) -> "Library":
+        """The library in a folder that `bld` made; `UserError` if it is of another parent, norm mode or way to choose
+        channels."""
         result = read_record(folder, BldResult).result
         if result.parent_key != parent_key(parent):
             raise UserError(f"{folder} is a library of another parent, {result.parent}; its blocks do not fit this one")
@@ -48,6 +49,10 @@ class Library:
             raise UserError(f"{folder} was made with --norm {result.norm}; use that, or another library")
         path = folder / CONTRIBUTIONS
         found = load_file(path) if path.is_file() else {}
+        if found and result.channel_steps != channel_steps:
+            raise UserError(
+                f"{folder} was made with --channel-steps {result.channel_steps}; use that, or another library"
+            )
         return cls(
             {unit.block: folder / unit.file for unit in result.units},
             {int(layer): contribution for layer, contribution in found.items()},
@@ -91,9 +96,9 @@ def parent_key(parent: ModelFolder) -> str:
     return digest.hexdigest()[:16]
 
 
-def open_library(folder: Path | None, parent: ModelFolder, norm: Norm) -> Library | None:
+def open_library(folder: Path | None, parent: ModelFolder, norm: Norm, channel_steps: int) -> Library | None:
     """The library that an option names, if it names one."""
-    return None if folder is None else Library.open(folder, parent, norm)
+    return None if folder is None else Library.open(folder, parent, norm, channel_steps)
 
 
 def _read(path: Path, name: str) -> Tensor:

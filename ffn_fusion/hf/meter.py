@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import cached_property
 from typing import TypeVar
 
@@ -10,9 +11,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ffn_fusion.core.losses import Reference, kl_to, reference
+from ffn_fusion.core.answers import Answers
+from ffn_fusion.core.losses import Reference, kl_to, nll, reference
 from ffn_fusion.core.plan import Plan
 from ffn_fusion.core.pruning import Cuts, kept_channels
+from ffn_fusion.core.search_records import Rises
 from ffn_fusion.core.stats import Estimate, estimate
 from ffn_fusion.errors import UserError
 from ffn_fusion.hf.arch import ATTENTION
@@ -27,13 +30,16 @@ from ffn_fusion.hf.text import Windows
 from ffn_fusion.hf.walk import ParentWalk
 from ffn_fusion.settings import Fusion, Machine
 
+Ask = Callable[[PreTrainedModel], Answers]
+"""Puts questions to a model."""
 T = TypeVar("T")
 
 
 class Meter:
     """Holds a parent in memory with its predictions on the measuring text, and measures students against it.
 
-    Students have a library's trained blocks, if there is one, before they are fitted.
+    Students have a library's trained blocks, if there is one, before they are fitted. With `ask`, students and parent
+    answer the same questions, too.
     Memory: the parent, its probabilities on all measured tokens in float32, the changed blocks of one student, and on
     the host the parent's streams on the fitting text. Where that is too much for the device, batches are halved.
     """
@@ -47,6 +53,7 @@ class Meter:
         fusion: Fusion,
         machine: Machine,
         library: Library | None = None,
+        ask: Ask | None = None,
     ) -> None:
         self.parent, self.model, self.fusion, self.machine, self.library = parent, model, fusion, machine, library
         self.sample, self._fit = measure.sample, fit.ids
@@ -60,8 +67,14 @@ class Meter:
             batch_size=machine.batch_size,
         )
         self._contributions = dict(library.contributions) if library else {}
-        self.references = self.halving(self._references)
+        self.references: list[Reference]
         """The parent's predictions on each window."""
+        self.nll: list[float]
+        """Loss of the parent, summed over the tokens of each window."""
+        self.references, self.nll = self.halving(self._predictions)
+        self.ask = ask
+        self.answers = self.halving(lambda: ask(model)) if ask else None
+        """The parent's own."""
 
     @property
     def calibrates(self) -> bool:
@@ -93,9 +106,14 @@ class Meter:
             self._walk.batch_size //= 2
             print(f"the GPU is out of memory; going on with --batch-size {self.batch_size}", file=sys.stderr)
 
-    def _references(self) -> list[Reference]:
-        passes = (record(self.model, self.ids[batch], outputs=False).logits for batch in self.batches())
-        return [reference(window) for logits in passes for window in logits]
+    def _predictions(self) -> tuple[list[Reference], list[float]]:
+        references: list[Reference] = []
+        losses: list[float] = []
+        for batch in self.batches():
+            logits = record(self.model, self.ids[batch], outputs=False).logits
+            references += [reference(window) for window in logits]
+            losses += nll_per_window(logits, self.ids[batch])
+        return references, losses
 
     def plain(self, plan: Plan) -> Estimate:
         """KL of the plan as it is put together, nothing fitted."""
@@ -104,6 +122,23 @@ class Meter:
     def fused(self, plan: Plan) -> Estimate:
         """KL of the plan after the calibration that `fusion` asks for."""
         return self.halving(lambda: self._kl_of(self.student(plan)[0]))
+
+    def rises(self, plan: Plan) -> Rises:
+        """All that is measured of the plan after the calibration that `fusion` asks for."""
+        return self.halving(lambda: self._rises_of(self.student(plan)[0]))
+
+    def rises_by(self, kl: Sequence[float], loss: Sequence[float], answers: Answers | None) -> Rises:
+        """How far a student is from the parent, from its sums over each window and its answers."""
+        per_window = [own - parents for own, parents in zip(loss, self.nll, strict=True)]
+        # The last token of a window predicts nothing that is known.
+        found = Rises(estimate(kl, self.counts), estimate(per_window, [count - 1 for count in self.counts]))
+        if answers is None or self.answers is None:
+            return found
+        rise, change = (
+            estimate([own - parents for own, parents in zip(after, before, strict=True)], [1] * len(after))
+            for after, before in ((answers.loss, self.answers.loss), (answers.right, self.answers.right))
+        )
+        return replace(found, task=rise, accuracy=change)
 
     def student(self, plan: Plan) -> tuple[PreTrainedModel, list[int]]:
         """The plan's student after the calibration that `fusion` asks for, and the blocks that were fitted."""
@@ -120,7 +155,9 @@ class Meter:
         if missing:
             self._walk.enter(self._fit[: self.batch_size])
         for layer in missing:
-            self._contributions[layer] = contribution_of(self._walk, self._fit_streams[layer].clone(), layer)
+            self._contributions[layer] = contribution_of(
+                self._walk, self._fit_streams[layer].clone(), layer, self.fusion.channel_steps
+            )
         return {layer: kept_channels(self._contributions[layer], width) for layer, width in plan.widths.items()}
 
     @cached_property
@@ -165,11 +202,28 @@ class Meter:
             sums += kl_per_window(self.references[batch], logits)
         return estimate(sums, self.counts)
 
+    @torch.no_grad()
+    def _rises_of(self, student: PreTrainedModel) -> Rises:
+        kl: list[float] = []
+        loss: list[float] = []
+        for batch in self.batches():
+            logits = student(input_ids=self.ids[batch], use_cache=False).logits
+            kl += kl_per_window(self.references[batch], logits)
+            loss += nll_per_window(logits, self.ids[batch])
+        return self.rises_by(kl, loss, self.ask(student) if self.ask else None)
+
 
 def kl_per_window(references: Sequence[Reference], logits: Tensor) -> list[float]:
     """KL of logits [windows, length, V] to the parent's predictions, summed over the tokens of each window."""
     sums = [kl_to(ref, window).sum() for ref, window in zip(references, logits, strict=True)]
     return [float(total) for total in torch.stack(sums)]
+
+
+def nll_per_window(logits: Tensor, ids: Tensor) -> list[float]:
+    """Loss of the tokens of `ids` [windows, length] by logits [windows, length, V], summed over each window."""
+    per_token = nll(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    sums: list[float] = per_token.view(len(ids), -1).sum(1).tolist()
+    return sums
 
 
 def _without_all(model: PreTrainedModel, layers: list[int]) -> ExitStack:

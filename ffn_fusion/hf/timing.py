@@ -7,7 +7,6 @@ timed but their running. That needs a cache that neither grows nor moves.
 import time
 from collections.abc import Callable, Sequence
 from math import prod
-from statistics import median, quantiles
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from ffn_fusion.core.records import Spread
 from ffn_fusion.hf.arena import aligned
 from ffn_fusion.progress import track
 
@@ -92,24 +90,81 @@ def cache_values(config: Any, batch_size: int, length: int) -> int:
     return sum(2 * aligned(prod(cache_shape(config, b, batch_size, length))) for b in config.block_configs)
 
 
-class Step:
-    """One call of a model with `new` tokens behind `past` ones that are in its cache, ready to be repeated.
+class Repeated:
+    """A call at fixed shapes, ready to be repeated: `call` says what is done, a subclass or whoever makes it.
 
-    `note` says why it runs eagerly on a GPU, if it does. A decode step feeds its token to the next one.
+    `note` says why it runs eagerly on a GPU, if it does.
     """
 
-    def __init__(self, model: PreTrainedModel, batch_size: int, past: int, new: int, take: Take | None = None) -> None:
-        self.model, self.device = model, model.device
-        self.cache = FixedCache(model, batch_size, past, new, take)
-        ids = torch.randint(model.config.vocab_size, (batch_size, new), generator=torch.Generator().manual_seed(0))
-        self.ids = ids.to(self.device)
-        self.positions = torch.arange(past, past + new, device=self.device).unsqueeze(0)
+    capturable = True
+
+    def __init__(self, device: torch.device, call: Callable[[], object] | None = None) -> None:
+        self.device = device
         self.graph: torch.cuda.CUDAGraph | None = None
         self.note = ""
+        if call:
+            self.call = call  # type: ignore[method-assign]
+
+    def call(self) -> object:
+        raise NotImplementedError
 
     @property
     def how(self) -> str:
         return "eager" if self.graph is None else "CUDA graph"
+
+    def run(self) -> None:
+        if self.graph is None:
+            self.call()
+        else:
+            self.graph.replay()
+
+    def prepare(self, pool: Any = None) -> None:
+        """Warm up, and capture on a GPU. Steps that share a `pool` of memory must never run at once."""
+        if self.device.type != "cuda":
+            self.call()
+            return
+        with torch.cuda.device(self.device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(WARMUP):
+                    self.call()
+            torch.cuda.current_stream().wait_stream(side)
+            if self.capturable:
+                self._capture(pool)
+
+    def _capture(self, pool: Any) -> None:
+        # Kept, so that its kernels can be counted.
+        graph = torch.cuda.CUDAGraph(keep_graph=True)
+        try:
+            # NCCL's watchdog thread asks for events meanwhile, which the global mode forbids.
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                self.call()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # what CUDA refuses to capture, such as a read of a value on the host
+            torch.cuda.synchronize()
+            self.note = f"not captured: {' '.join(str(error).split())[:120]}"
+        else:
+            graph.instantiate()
+            self.graph = graph
+
+
+class Step(Repeated):
+    """One call of a model with `new` tokens behind `past` ones that are in its cache, ready to be repeated.
+
+    A decode step feeds its token to the next one.
+    """
+
+    def __init__(self, model: PreTrainedModel, batch_size: int, past: int, new: int, take: Take | None = None) -> None:
+        super().__init__(model.device)
+        self.model = model
+        self.cache = FixedCache(model, batch_size, past, new, take)
+        ids = torch.randint(model.config.vocab_size, (batch_size, new), generator=torch.Generator().manual_seed(0))
+        self.ids = ids.to(self.device)
+        self.positions = torch.arange(past, past + new, device=self.device).unsqueeze(0)
+        if len({parameter.device for parameter in model.parameters()}) > 1:
+            self.capturable, self.note = False, "not captured: the model is spread over several devices"
 
     @torch.no_grad()
     def logits(self) -> Tensor:
@@ -128,49 +183,21 @@ class Step:
         if token.shape == self.ids.shape:
             self.ids.copy_(token)
 
-    def run(self) -> None:
-        self.call() if self.graph is None else self.graph.replay()
 
-    def prepare(self, pool: Any = None) -> None:
-        """Warm up, and capture on a GPU. Steps that share a `pool` of memory must never run at once."""
-        if self.device.type != "cuda":
-            self.call()
-            return
-        with torch.cuda.device(self.device):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(WARMUP):
-                    self.call()
-            torch.cuda.current_stream().wait_stream(side)
-            if len({parameter.device for parameter in self.model.parameters()}) > 1:
-                self.note = "not captured: the model is spread over several devices"
-            else:
-                self._capture(pool)
+def elapsed_ms(step: Repeated, times: int = 1, meet: Callable[[], object] = lambda: None) -> float:
+    """Milliseconds of a call, mean over `times` calls in a row; on a GPU of its work there, between two events.
 
-    def _capture(self, pool: Any) -> None:
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                self.call()
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:  # what CUDA refuses to capture, such as a read of a value on the host
-            torch.cuda.synchronize()
-            self.note = f"not captured: {' '.join(str(error).split())[:120]}"
-        else:
-            self.graph = graph
-
-
-def elapsed_ms(step: Step, times: int = 1) -> float:
-    """Milliseconds of a call, mean over `times` calls in a row; on a GPU of its work there, between two events."""
+    `meet` brings ranks together before the clock starts.
+    """
     if step.device.type != "cuda":
+        meet()
         start = time.perf_counter()
         for _ in range(times):
             step.run()
         return (time.perf_counter() - start) * 1e3 / times
     with torch.cuda.device(step.device):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        meet()
         begin.record()
         for _ in range(times):
             step.run()
@@ -192,7 +219,7 @@ class Flush:
         self.values.sum()
 
 
-def interleaved(steps: Sequence[Step], repeats: int, label: str) -> list[list[float]]:
+def interleaved(steps: Sequence[Repeated], repeats: int, label: str) -> list[list[float]]:
     """Milliseconds [step][repeat]. All steps run once in every repeat, so that drift of the machine hits all alike."""
     flush = Flush(steps[0].device)
     times: list[list[float]] = [[] for _ in steps]
@@ -201,11 +228,3 @@ def interleaved(steps: Sequence[Step], repeats: int, label: str) -> list[list[fl
             flush()
             kept.append(elapsed_ms(step))
     return times
-
-
-def spread(values: list[float]) -> Spread:
-    """Median and quartiles."""
-    if len(values) < 2:
-        return Spread(values[0], values[0], values[0])
-    low, _, high = quantiles(values, n=4, method="inclusive")
-    return Spread(median(values), low, high)

@@ -74,10 +74,10 @@ class Installed:
             except subprocess.TimeoutExpired:
                 raise UserError(f"{self.name} did not finish in {TIMEOUT // 60} minutes, see {log}") from None
         if done.returncode:
-            raise UserError(f"{self.name} {self.version} failed: {_reason(log)} (see {log})")
+            raise UserError(f"{self.name} {self.version} failed: {reason_in(log)} (see {log})")
 
 
-def _reason(log: Path) -> str:
+def reason_in(log: Path) -> str:
     """The line that says what went wrong: the last one that names an error, or the last one."""
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if re.search(r"\b\w*Error: ", line)]

@@ -27,7 +27,8 @@ from ffn_fusion.hf.records import Example, digest, read_examples, split
 from ffn_fusion.hf.resolve import load_tokenizer, resolve_model
 from ffn_fusion.hf.tuned import write_tuned
 from ffn_fusion.progress import track
-from ffn_fusion.settings import Machine, Tuning, TwoOrMore
+from ffn_fusion.settings import Machine, TwoOrMore
+from ffn_fusion.settings_training import Tuning
 
 if TYPE_CHECKING:
     from ffn_fusion.hf.alignment import Trained

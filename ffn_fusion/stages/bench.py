@@ -1,180 +1,140 @@
-"""`bench`: prefill and decode time of several models, interleaved in one process, beside what the memory allows."""
+"""`bench`: prefill and decode time of a parent and its students, interleaved in one engine, beside the limit."""
 
-import time
-from dataclasses import dataclass
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from math import inf
 from pathlib import Path
+from typing import Annotated, Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from cyclopts import Parameter
 
-from ffn_fusion.core.cost import Cost
-from ffn_fusion.core.cost_table import Scenario
-from ffn_fusion.core.records import BenchModel, BenchResult, BenchRow
+from ffn_fusion.core.bench_records import BenchResult
+from ffn_fusion.core.laps import Split
+from ffn_fusion.errors import UserError
 from ffn_fusion.folder import Environment, Record, StageFolder, run_stage
-from ffn_fusion.hf.arena import Arena
-from ffn_fusion.hf.machine import device_map, pick_device, pick_dtype, where
-from ffn_fusion.hf.model import ModelFolder
+from ffn_fusion.hf.decode import Compile
+from ffn_fusion.hf.machine import DTYPES, pick_device, pick_dtype, where
+from ffn_fusion.hf.ranks import check_ranks
 from ffn_fusion.hf.resolve import labels, resolve_model
-from ffn_fusion.hf.timing import Flush, Step, cache_values, elapsed_ms, spread
-from ffn_fusion.progress import track
-from ffn_fusion.settings import Machine, Positive
-
-COPY_BYTES = 2**28
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    name: str
-    model: PreTrainedModel
-    cost: Cost
+from ffn_fusion.serving.engines import ENGINES
+from ffn_fusion.serving.parallel import check_tensor_parallel
+from ffn_fusion.settings import Above0, Machine, Positive
+from ffn_fusion.stages.entrants import named, of_shape, read_shape
+from ffn_fusion.stages.timekeeper import ANSWER, IN_PROCESSES, Engine, Timekeeper
 
 
 def bench(
-    parent: str,
-    *students: str,
+    *models: str,
     out: Path,
+    shape: str | None = None,
+    plan: str | None = None,
+    engine: Engine = "auto",
+    compile: Compile = "off",
+    tensor_parallel: Positive = 1,
+    slice_of: Annotated[Positive, Parameter(name="--slice")] = 1,
+    fp8: bool = False,
     batch_sizes: tuple[Positive, ...] = (1, 4),
-    prompt_length: Positive = 128,
+    prompt_lengths: tuple[Positive, ...] = (128,),
     new_tokens: Positive = 16,
     repeats: Positive = 5,
+    timeout: Above0 = 900.0,
+    time_limit: Above0 = inf,
+    engine_python: str | None = None,
+    untested: bool = False,
     machine: Machine = Machine(),  # noqa: B008, frozen
 ) -> Record[BenchResult]:
-    """Time prefill and decode of a parent and its students, interleaved in one process.
+    """Time prefill and decode of a parent and its students, interleaved, all in the same engine.
 
     Parameters
     ----------
-    parent
-        Folder, GGUF file, Hub id or builtin:smollm2-135m.
-    students
-        Any number of models to compare with it.
+    models
+        The parent, and any number of models to compare with it: folders, GGUF files, Hub ids, builtin:smollm2-135m.
     out
         New folder for the record.
+    shape
+        Instead of models: smollm2-135m, llama-3.1-8b, llama-3.1-70b, llama-3.1-405b, super-49b, ultra-253b, or a
+        config.json, with random weights. The parent, its student with nothing fused, and fused are timed.
+    plan
+        The student's plan on that shape, in any form that `fuse` reads; super-49b, ultra-253b, llama-3.1-8b have one.
+    engine
+        "torch" is our own decode step, "transformers" the family's own modules ("auto": only where --device balanced
+        needs them), both as CUDA graphs on a GPU; vllm and llama.cpp as they are.
+    compile
+        torch.compile in our own decode step: off, on, or tuned, with products of one row as kernels of its own.
+    tensor_parallel
+        Devices that each model is split over (torch, vllm).
+    slice_of
+        Time one rank's slice of a model that is split over so many devices, alone, without all-reduces (torch).
+    fp8
+        Weights and activations in FP8 (vllm, on a GPU that has it).
     batch_sizes
         Sequences decoded at once; give the option again for each.
-    prompt_length
-        Tokens of a prefill.
+    prompt_lengths
+        Tokens of a prefill; give the option again for each.
     new_tokens
-        Tokens decoded after the prompt: as many steps in each repeat, all timed as the middle one.
+        Tokens decoded after the prompt: in torch as many steps in each repeat, all timed as the middle one.
     repeats
-        Timed repeats of each model and batch size, after one untimed.
+        Timed repeats of each model and batch size, all models in turn, after one untimed.
+    timeout
+        Seconds that an engine in a process of its own may take to start, and for each batch size and prompt; it is
+        killed then, and the rows made so far stay.
+    time_limit
+        Seconds after which no other batch size or prompt is begun; the record says which are missing.
+    engine_python
+        Python that has the engine, if it is not this one.
+    untested
+        Go on with an engine version outside the tested range.
     """
-    names = labels((parent, *students))
-    folders = [resolve_model(name) for name in (parent, *students)]
-    dtype = pick_dtype(machine, folders[0].checkpoint)
-    settings = {"batch_sizes": batch_sizes, "prompt": prompt_length, "new_tokens": new_tokens, "repeats": repeats}
-    inputs = {"models": [folder.fingerprint for folder in folders], "names": names, "dtype": str(dtype), **settings}
+    if engine == "auto":
+        engine = "transformers" if machine.device == "balanced" else "torch"
+    python = engine_python or sys.executable
+    scenarios = [(batch, prompt) for prompt in prompt_lengths for batch in batch_sizes]
+    split = Split(tensor_parallel, slice_of)
+    keeper = Timekeeper(engine, python, compile, fp8, split, scenarios, new_tokens, repeats, timeout, time_limit)
+    _check(keeper, models, shape, plan, machine)
+    check_ranks(tensor_parallel, pick_device(machine))
+    tested = ENGINES[engine].version(python, untested) if engine in IN_PROCESSES else version("torch")
+    inputs: dict[str, Any] = keeper.settings | {"version": tested}
+    if shape:
+        source = read_shape(shape)
+        dtype = DTYPES.get(machine.dtype, torch.bfloat16)
+        inputs |= {"shape": source.config, "plan": plan or source.plan}
+    else:
+        folders = [resolve_model(name) for name in models]
+        dtype = pick_dtype(machine, folders[0].checkpoint)
+        inputs |= {"models": [folder.fingerprint for folder in folders], "names": labels(models)}
+    here = where(machine, dtype)
 
-    def work(_: StageFolder) -> tuple[BenchResult, Environment]:
-        loaded = [
-            _Loaded(name, folder.load(dtype, device_map(machine)), cost_of(folder, dtype))
-            for name, folder in zip(names, folders, strict=True)
-        ]
-        bandwidth = _copy_bandwidth(pick_device(machine))
-        rows: list[BenchRow] = []
-        hows: set[str] = set()
-        for batch_size in batch_sizes:
-            scenario = Scenario(batch_size, prompt_length, new_tokens)
-            steps = _steps(loaded, scenario)
-            rows += _rows(loaded, steps, scenario, repeats, bandwidth)
-            hows |= {f"{step.how} {step.note}".strip() for pair in steps for step in pair}
-        counted = [_counts(entry) for entry in loaded]
-        how = f"{'; '.join(sorted(hows))}, with a cache of fixed size"
-        result = BenchResult(counted, rows, prompt_length, new_tokens, repeats, bandwidth / 1e9, how)
+    def work(folder: StageFolder) -> tuple[BenchResult, Environment]:
+        entered = of_shape(shape, source, plan, folder.state / "models") if shape else named(models, folders)
+        for entrant in entered:
+            check_tensor_parallel(entrant.folder, split.devices)
+        result = keeper.result(entered, bool(shape), dtype, machine, folder.state / ANSWER, tested)
         return result, where(machine, dtype)
 
-    return run_stage("bench", out, inputs, BenchResult, work)
+    return run_stage("bench", out, inputs | {"dtype": str(dtype), "device": here.device}, BenchResult, work)
 
 
-def cost_of(folder: ModelFolder, dtype: torch.dtype) -> Cost:
-    """Counts of a model folder."""
-    specs = folder.checkpoint.specs
-    sizes = {name: torch.Size(spec.shape).numel() for name, spec in specs.items()}
-    embedding = 0 if folder.config.tie_word_embeddings else sizes["model.embed_tokens.weight"]
-    return Cost(folder.shapes, sum(sizes.values()), embedding, folder.head_dim, dtype.itemsize)
-
-
-def _counts(entry: _Loaded) -> BenchModel:
-    cost = entry.cost
-    return BenchModel(
-        entry.name,
-        cost.num_parameters,
-        cost.kv_bytes_per_token,
-        len(cost.blocks),
-        cost.num_attentions,
-        cost.num_sublayers,
-    )
-
-
-def _rows(
-    loaded: list[_Loaded], steps: list[tuple[Step, Step]], scenario: Scenario, repeats: int, bandwidth: float
-) -> list[BenchRow]:
-    """Every repeat runs all models one after the other, so that drift of the machine hits all alike."""
-    batch_size = scenario.batch_size
-    flush = Flush(loaded[0].model.device)
-    times: list[list[tuple[float, float]]] = [[] for _ in loaded]
-    for repeat in track(range(repeats + 1), f"bench: batch size {batch_size}", repeats + 1):
-        for (prefill, decode), kept in zip(steps, times, strict=True):
-            flush()
-            prefill_ms = elapsed_ms(prefill)
-            flush()
-            timed = prefill_ms, elapsed_ms(decode, scenario.new_tokens)
-            if repeat > 0:
-                kept.append(timed)
-    spreads = [tuple(spread(list(column)) for column in zip(*kept, strict=True)) for kept in times]
-    return [
-        BenchRow(
-            model=entry.name,
-            batch_size=batch_size,
-            prefill_ms=prefill_ms,
-            decode_ms=decode_ms,
-            bandwidth_share=entry.cost.decode_bytes(batch_size, scenario.context) / bandwidth / decode_ms.median * 1e3,
-            prefill_speedup=spreads[0][0].median / prefill_ms.median,
-            decode_speedup=spreads[0][1].median / decode_ms.median,
-        )
-        for entry, (prefill_ms, decode_ms) in zip(loaded, spreads, strict=True)
-    ]
-
-
-def _steps(loaded: list[_Loaded], scenario: Scenario) -> list[tuple[Step, Step]]:
-    """A prefill and a decode step of each model, captured where possible. Their caches share one stretch of memory."""
-    batch_size, context = scenario.batch_size, scenario.context
-    models = [entry.model for entry in loaded]
-    arena = None
-    # Over several GPUs each cache must lie beside its layer.
-    if len({parameter.device for model in models for parameter in model.parameters()}) == 1:
-        length = max(context, scenario.prompt_length)
-        room = max(cache_values(model.config, batch_size, length) for model in models)
-        arena = Arena(room, models[0].device, models[0].dtype)
-    pool = torch.cuda.graph_pool_handle() if models[0].device.type == "cuda" else None
-    steps = []
-    for model in models:
-        pair = []
-        for past, new in ((0, scenario.prompt_length), (context - 1, 1)):
-            if arena:
-                arena.rewind()
-            pair.append(Step(model, batch_size, past, new, arena.take if arena else None))
-            pair[-1].prepare(pool)
-        steps.append((pair[0], pair[1]))
-    return steps
-
-
-def _copy_bandwidth(device: torch.device) -> float:
-    """Bytes per second, read plus written, of a large copy on the device: the ceiling that decoding can reach."""
-    source = torch.ones(COPY_BYTES, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    best = min(_copy_seconds(source, target) for _ in range(5))
-    return 2 * COPY_BYTES / best
-
-
-def _copy_seconds(source: Tensor, target: Tensor) -> float:
-    _wait()
-    start = time.perf_counter()
-    target.copy_(source)
-    _wait()
-    return time.perf_counter() - start
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def _check(keeper: Timekeeper, models: Sequence[str], shape: str | None, plan: str | None, machine: Machine) -> None:
+    """`UserError` for options that do not go together."""
+    engine, split = keeper.engine, keeper.split
+    splits = engine in ("torch", "vllm")
+    balanced = machine.device == "balanced"
+    rules = {
+        "name models to time, or a --shape, and not both": bool(models) != bool(shape),
+        "--plan is the student's on a --shape; `fuse` builds it with weights": not plan or bool(shape),
+        f"--shape has random weights, which torch and vllm take, not {engine}": not shape or splits,
+        f"--tensor-parallel is for torch and vllm, not for {engine}": split.ranks == 1 or splits,
+        f"--slice is for torch, not for {engine}": split.slices == 1 or engine == "torch",
+        "--slice times one rank alone; leave out --tensor-parallel": 1 in (split.slices, split.ranks),
+        f"--compile is for torch, not for {engine}": keeper.compile == "off" or engine == "torch",
+        "--fp8 is for vllm on a GPU": not keeper.fp8 or (engine == "vllm" and machine.device != "cpu"),
+        "llama.cpp is timed at batch 1; say --batch-sizes 1": engine != "llama.cpp" or keeper.batch_sizes == [1],
+        "--device balanced spreads a model by transformers; choose --engine transformers": not balanced
+        or engine == "transformers",
+    }
+    broken = next((rule for rule, holds in rules.items() if not holds), None)
+    if broken:
+        raise UserError(broken)

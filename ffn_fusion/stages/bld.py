@@ -25,7 +25,7 @@ from ffn_fusion.hf.surgery import Norm
 from ffn_fusion.hf.text import read_windows
 from ffn_fusion.hf.walk import ParentWalk
 from ffn_fusion.progress import track
-from ffn_fusion.settings import Blocks, Machine, NotNegative, Text, TwoOrMore
+from ffn_fusion.settings import Blocks, Machine, NotNegative, Positive, Text, TwoOrMore
 
 UNITS = "units.json"
 BLOCKS = "blocks"
@@ -38,6 +38,7 @@ def bld(
     blocks: Blocks = Blocks(),  # noqa: B008, frozen
     library: Path | None = None,
     norm: Norm = "folded",
+    channel_steps: Positive = 1,
     windows: TwoOrMore = 128,
     epochs: NotNegative = 2,
     learning_rate: Annotated[float, Parameter(validator=Number(gt=0))] = 1e-2,
@@ -59,6 +60,8 @@ def bld(
         An earlier library to begin with; its blocks are in the new one too, and new blocks start from their parts.
     norm
         Norm of fused FFNs, as for `fuse`.
+    channel_steps
+        Steps in which channels of a narrower FFN are chosen, as for `fuse`.
     windows
         Windows of text to train on; one in eight is held out to choose between trained and untrained weights.
     epochs
@@ -68,7 +71,7 @@ def bld(
     """
     parent = resolve_model(model)
     wanted = wanted_blocks(blocks, parent)
-    start = open_library(library, parent, norm)
+    start = open_library(library, parent, norm, channel_steps)
     dtype = pick_dtype(machine, parent.checkpoint)
     if dtype == torch.float16:
         raise UserError("gradients leave the range of float16; use --dtype bf16 or fp32")
@@ -83,6 +86,7 @@ def bld(
         "text": sample.sample.digest,
         "batch_size": machine.batch_size,
         "dtype": str(dtype),
+        **({"channel_steps": channel_steps} if channel_steps > 1 else {}),  # so that earlier results stay valid
     }
 
     def work(folder: StageFolder) -> tuple[BldResult, Environment]:
@@ -93,11 +97,12 @@ def bld(
             parent, parent.checkpoint, device=pick_device(machine), dtype=dtype, batch_size=machine.batch_size
         )
         missing = [block for block in wanted if not shelf.holds(block)]
-        distillation = Distillation(walk, norm, training, shelf.library)
+        distillation = Distillation(walk, norm, training, shelf.library, channel_steps)
         units = distillation.run(sample.ids, missing, shelf.save_contributions)
         for unit in track(units, "bld: blocks trained", len(missing)):
             shelf.add(unit)
-        return BldResult(model, parent_key(parent), norm, shelf.units, sample.sample), where(machine, dtype)
+        result = BldResult(model, parent_key(parent), norm, shelf.units, sample.sample, channel_steps)
+        return result, where(machine, dtype)
 
     return run_stage("bld", out, inputs, BldResult, work)
 

@@ -14,9 +14,10 @@ from ffn_fusion.core.fusion import padded_width
 from ffn_fusion.core.plan import Block, Plan
 from ffn_fusion.errors import UserError
 from ffn_fusion.folder import Environment, Record, StageFolder, run_stage
-from ffn_fusion.hf.collectives import check_ranks, measure_communication
+from ffn_fusion.hf.collectives import measure_communication
 from ffn_fusion.hf.machine import DTYPES, pick_device, pick_dtype, where
 from ffn_fusion.hf.model import ModelFolder
+from ffn_fusion.hf.ranks import check_ranks
 from ffn_fusion.hf.remote.configuration_ffn_fusion import WIDTH_MULTIPLE
 from ffn_fusion.hf.resolve import resolve_model
 from ffn_fusion.hf.stacks import Stack, facts_of, time_stacks

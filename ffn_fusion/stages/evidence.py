@@ -1,14 +1,17 @@
 """What a search under a budget goes by: scores, costs, and the limits that the budget sets."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 
 from ffn_fusion.core.budget import Ledger, Scores, Uses
 from ffn_fusion.core.cost_table import CostTable
-from ffn_fusion.core.search_records import INTERACTIONS, ScoreResult, Similarity
+from ffn_fusion.core.search_records import INTERACTIONS, Objective, ScoreResult, Similarity
 from ffn_fusion.errors import UserError
 from ffn_fusion.folder import read_record
 from ffn_fusion.hf.machine import where
@@ -22,7 +25,12 @@ from ffn_fusion.settings import Limits, Machine
 class Evidence:
     """What the search goes by: scores, costs, and a note where the costs are of another machine."""
 
+    objective: Objective
     scores: Scores
+    """By the objective."""
+    kl: Scores
+    inputs: Mapping[str, Any]
+    """Of the scores: what they were made with."""
     similarity: Similarity
     ledger: Ledger
     note: str
@@ -33,17 +41,32 @@ class Evidence:
 
 
 def read_evidence(
-    parent: ModelFolder, scores: Path, costs: Path, machine: Machine, dtype: torch.dtype, force: bool
+    parent: ModelFolder,
+    scores: Path,
+    costs: Path,
+    objective: Objective,
+    *,
+    machine: Machine,
+    dtype: torch.dtype,
+    force: bool,
 ) -> Evidence:
-    """Scores and costs of this parent; `UserError` if they are of another, or costs of another device or dtype."""
+    """Scores and costs of this parent; `UserError` if they are of another, costs of another device or dtype, or
+    nothing was scored by the objective."""
     scored = read_record(scores, ScoreResult)
     if scored.inputs["model"] != parent.fingerprint:
         raise UserError(f"{scores} scores another model ({scored.result.model})")
     here = where(machine, dtype)
     table, note = read_costs(costs, parent, here.device, here.dtype, force)
+    if objective == "task" and scored.result.asked is None:
+        raise UserError(f"{scores} holds no scores by a task; score with --tasks NAME")
     gram = load_file(scores / INTERACTIONS)["gram"].numpy()
+
+    def by(objective: Objective) -> Scores:
+        means = [getattr(score, objective).mean for score in scored.result.scores]
+        return Scores(scored.result.scores, np.array(means), gram)
+
     ledger = Ledger(table, parent.shapes, WIDTH_MULTIPLE)
-    return Evidence(Scores(scored.result.scores, gram), scored.result.similarity, ledger, note)
+    return Evidence(objective, by(objective), by("kl"), scored.inputs, scored.result.similarity, ledger, note)
 
 
 def targets(limits: Limits, ledger: Ledger) -> dict[str, Uses]:

@@ -20,7 +20,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from numpy.typing import NDArray
 
 from ffn_fusion.core.plan import Plan
-from ffn_fusion.core.records import BenchRow, Geometry
+from ffn_fusion.core.records import Geometry
 from ffn_fusion.core.stats import Estimate
 
 INK, MUTED, RULE = "#1c2024", "#656d76", "#dfe2e6"
@@ -236,38 +236,6 @@ def steps(name: str, bars: Sequence[Bar]) -> str:
             figure.legend(loc="outside upper left", ncols=2, handlelength=1, handleheight=1)
 
     return render(name, 1.3 + 0.36 * len(bars), paint)
-
-
-def speed(name: str, rows: Sequence[BenchRow]) -> str:
-    """Decode time per batch size, the models side by side, the whiskers quartiles."""
-    models = list(dict.fromkeys(row.model for row in rows))
-    batches = sorted({row.batch_size for row in rows})
-    width = 0.8 / max(len(models), 1)
-
-    def paint(figure: Figure) -> None:
-        axes = figure.add_subplot()
-        for i, model in enumerate(models):
-            own = [row for row in rows if row.model == model]
-            places = [batches.index(row.batch_size) + (i - (len(models) - 1) / 2) * width for row in own]
-            times = [row.decode_ms for row in own]
-            quartiles = [[t.median - t.low for t in times], [t.high - t.median for t in times]]
-            axes.bar(
-                places, [t.median for t in times], width * 0.92, yerr=np.maximum(quartiles, 0),
-                color=SERIES[i % len(SERIES)], error_kw={"elinewidth": 1, "ecolor": INK}, label=short(model),
-            )  # fmt: skip
-            for place, row in zip(places, own, strict=True):
-                at = (place, max(row.decode_ms.high, row.decode_ms.median))
-                axes.annotate(
-                    f"{row.decode_speedup:.2f}×", at, (0, 2), textcoords="offset points", ha="center", fontsize=8
-                )
-        axes.set_xticks(range(len(batches)), [str(batch) for batch in batches])
-        axes.margins(y=0.12)
-        axes.set_xlabel("batch size")
-        axes.set_ylabel("decode, ms a token")
-        axes.grid(axis="y")
-        figure.legend(loc="outside upper left", ncols=2, handlelength=1, handleheight=1)
-
-    return render(name, 3.4, paint)
 
 
 def render(name: str, height: float, paint: Callable[[Figure], None]) -> str:

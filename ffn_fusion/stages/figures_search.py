@@ -11,7 +11,8 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from ffn_fusion.core.comparison import Series, labels
+from ffn_fusion.core.comparison import Pair, Series, labels
+from ffn_fusion.core.search_records import GOALS
 from ffn_fusion.core.stats import Estimate
 from ffn_fusion.stages.figures import BLUE, GOLD, GREEN, GREY, INK, MUTED, RED, SHADES, plain_log, render, whiskers
 
@@ -108,9 +109,13 @@ def _speedups(axes: Axes, parent_ms: float) -> None:
 
 
 def predictions(name: str, series: Sequence[Series]) -> str:
-    """Predicted over measured KL of every plan, and milliseconds of those that were timed; on the line they agree."""
+    """Predicted over measured KL of every plan, the rises that searches went by in its place, and milliseconds of plans
+    that were timed; on the line they agree."""
     kls = [[pair for pair in own.kls if min(pair) > 0] for own in series]
-    held = {KL: kls, "decode step, ms": [own.times for own in series]}
+    held: dict[str, list[list[Pair]]] = {KL: kls}
+    for objective in dict.fromkeys(own.objective for own in series if own.goals):
+        held[f"rise, {GOALS[objective]}"] = [own.goals if own.objective == objective else [] for own in series]
+    held["decode step, ms"] = [own.times for own in series]
     drawn = {what: pairs for what, pairs in held.items() if any(pairs)}
 
     def paint(figure: Figure) -> None:

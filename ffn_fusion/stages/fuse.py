@@ -61,7 +61,7 @@ def fuse(
         check_order(wanted)
     dtype = pick_dtype(machine, parent.checkpoint)
     sample = None
-    blocks = open_library(library, parent, fusion.norm)
+    blocks = open_library(library, parent, fusion.norm, fusion.channel_steps)
     known = blocks.contributions if blocks else {}
     unknown = sorted(wanted.widths.keys() - known.keys())
     if fusion.calibrate != "none" or unknown:
@@ -70,7 +70,7 @@ def fuse(
     inputs = {
         "model": parent.fingerprint,
         "plan": str(wanted),
-        "fusion": asdict(fusion),
+        "fusion": fusion.inputs,
         "text": sample.sample.digest if sample else None,
         "dtype": str(dtype) if sample else None,
         **({"library": blocks.fingerprint} if blocks else {}),  # so that students from before there were any stay valid
@@ -78,13 +78,15 @@ def fuse(
 
     def work(folder: StageFolder) -> tuple[FuseResult, Environment]:
         names, fits = {}, []
-        channels, cuts = _choose_channels(wanted, known)
+        steps = fusion.channel_steps
+        channels, cuts = _choose_channels(wanted, known, steps)
         if sample:
             walk = ParentWalk(
                 parent, parent.checkpoint, device=pick_device(machine), dtype=dtype, batch_size=machine.batch_size
             )
             if unknown:
-                channels, cuts = _choose_channels(wanted, {**known, **_contributions(walk, unknown, sample, folder)})
+                found = _contributions(walk, unknown, sample, steps, folder)
+                channels, cuts = _choose_channels(wanted, {**known, **found}, steps)
             if fusion.calibrate != "none":
                 calibration = Calibration(walk, wanted, fusion, channels, blocks)
                 fits = _calibrate(calibration, sample, folder)
@@ -112,17 +114,19 @@ def fuse(
     return run_stage("fuse", out, inputs, FuseResult, work)
 
 
-def _choose_channels(plan: Plan, found: Mapping[int, Tensor]) -> tuple[dict[int, Tensor], list[CutSummary]]:
-    """Channels kept of each FFN that the plan cuts, by the contributions found."""
+def _choose_channels(plan: Plan, found: Mapping[int, Tensor], steps: int) -> tuple[dict[int, Tensor], list[CutSummary]]:
+    """Channels kept of each FFN that the plan cuts, by the contributions found; in several steps they are places."""
     widths = {layer: width for layer, width in plan.widths.items() if layer in found}
     channels = {layer: kept_channels(found[layer], width) for layer, width in widths.items()}
     return channels, [
-        CutSummary(layer, len(kept), len(found[layer]), share_kept(found[layer], kept))
+        CutSummary(layer, len(kept), len(found[layer]), share_kept(found[layer], kept) if steps == 1 else None)
         for layer, kept in channels.items()
     ]
 
 
-def _contributions(walk: ParentWalk, layers: list[int], windows: Windows, folder: StageFolder) -> dict[int, Tensor]:
+def _contributions(
+    walk: ParentWalk, layers: list[int], windows: Windows, steps: int, folder: StageFolder
+) -> dict[int, Tensor]:
     """Contributions of the channels of these layers, saved after each, so that a killed run goes on from there."""
     path = folder.state / CONTRIBUTIONS
     known, found = None, {}
@@ -131,7 +135,8 @@ def _contributions(walk: ParentWalk, layers: list[int], windows: Windows, folder
         stream = tensors.pop("stream")
         found = {int(layer): tensor for layer, tensor in tensors.items()}
         known = Passed(max(found) + 1, stream, found)
-    for passed in track(measure(walk, windows.ids, layers, known), "fuse: FFNs measured", len(layers) - len(found)):
+    left = len(layers) - len(found)
+    for passed in track(measure(walk, windows.ids, layers, known, steps), "fuse: FFNs measured", left):
         found = passed.found
         _save(path, {"stream": passed.stream} | {str(layer): tensor for layer, tensor in found.items()})
     return found

@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from ffn_fusion.core.align_records import AlignResult
+from ffn_fusion.core.bench_records import BenchResult
 from ffn_fusion.core.block_records import BldResult
 from ffn_fusion.core.comparison import METHODS, SOLVER, Series
 from ffn_fusion.core.cost_records import CostResult
 from ffn_fusion.core.engine_records import ExportResult, SpeculateResult
+from ffn_fusion.core.ffn_records import FfnResult
 from ffn_fusion.core.heal_records import HealResult
+from ffn_fusion.core.latency import LatencyResult
 from ffn_fusion.core.plan import Plan
-from ffn_fusion.core.records import AnalyzeResult, BenchResult, EvalResult, FuseResult, Sample
-from ffn_fusion.core.search_records import ScoreResult, SearchResult
+from ffn_fusion.core.records import AnalyzeResult, EvalResult, FuseResult, Sample
+from ffn_fusion.core.search_records import GOALS, ScoreResult, SearchResult
 from ffn_fusion.errors import UserError
 from ffn_fusion.folder import RECORD, Record, read_record
 
@@ -30,6 +33,8 @@ TYPES: dict[str, type[Any]] = {
     "align": AlignResult,
     "eval": EvalResult,
     "bench": BenchResult,
+    "ffn": FfnResult,
+    "latency": LatencyResult,
     "export": ExportResult,
     "speculate": SpeculateResult,
 }
@@ -69,9 +74,11 @@ class Comparison:
         rules = [_rule(entry) for entry in self.entries]
         found = []
         for entry, rule in sorted(zip(self.entries, rules, strict=True), key=lambda pair: _rank(pair[1])):
+            result = entry.result
             name = METHODS.get(rule, rule)
+            name += f" by {GOALS[result.objective]}" if result.objective != "kl" else ""
             name += f", {entry.folder}" if rules.count(rule) > 1 else ""
-            found.append(Series(name, entry.result.candidates, entry.result.parent_measured_ms))
+            found.append(Series(name, result.candidates, result.parent_measured_ms, result.objective))
         return found
 
     @property
@@ -112,6 +119,8 @@ class Records:
     align: list[Entry[AlignResult]]
     eval: list[Entry[EvalResult]]
     bench: list[Entry[BenchResult]]
+    ffn: list[Entry[FfnResult]]
+    latency: list[Entry[LatencyResult]]
     export: list[Entry[ExportResult]]
     speculate: list[Entry[SpeculateResult]]
 

@@ -49,7 +49,7 @@ def heal(
     save_every: Positive = 200,
     patience: NotNegative = 2,
     compile: bool | None = None,
-    checkpoint_activations: bool = False,
+    gradient_checkpointing: bool = False,
     machine: Machine = Machine(),  # noqa: B008, frozen
 ) -> Record[HealResult] | None:
     """Train a student back to its parent: distillation, further pretraining, any stages in a row.
@@ -94,7 +94,7 @@ def heal(
         Stop when a domain got worse at so many check-ups in a row while the loss fell; 0 never stops.
     compile
         Compile blocks and losses; by default on GPUs.
-    checkpoint_activations
+    gradient_checkpointing
         Keep no activations within blocks but compute them again: less memory, a third more work.
     """
     source, target = resolve_model(parent), resolve_model(student)
@@ -110,7 +110,7 @@ def heal(
     if dtype == torch.float16:
         raise UserError("gradients leave the range of float16; use --dtype bf16 or fp32")
     compiled = pick_device(machine).type == "cuda" if compile is None else compile
-    habits = Habits(dtype, machine.batch_size, check_ups, save_every, patience, compiled, checkpoint_activations, seed)
+    habits = Habits(dtype, machine.batch_size, check_ups, save_every, patience, compiled, gradient_checkpointing, seed)
     cache = open_cache(teacher, source, machine.trust_remote_code) if teacher else None
     for stage in recipe.stages:
         check_cache(cache, stage, pair.objective(stage).asked) if cache else None
@@ -136,7 +136,7 @@ def heal(
         except torch.OutOfMemoryError:
             raise UserError(
                 f"the device's memory is full with {machine.batch_size} windows at once; lower --batch-size, give "
-                "--checkpoint-activations, or shorten --length; the same command goes on from the last checkpoint"
+                "--gradient-checkpointing, or shorten --length; the same command goes on from the last checkpoint"
             ) from None
         progress, measure = course.progress, course.measure
         best = best_of(progress.check_ups, measure)

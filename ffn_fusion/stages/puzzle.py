@@ -13,15 +13,14 @@ import numpy as np
 import torch
 
 from ffn_fusion.core import baselines
-from ffn_fusion.core.budget import STRENGTH, Uses, Variants
+from ffn_fusion.core.budget import STRENGTH, Scores, Uses, Variants
 from ffn_fusion.core.cost import shapes_of
 from ffn_fusion.core.cost_table import CostTable, Measured
 from ffn_fusion.core.plan import Plan
-from ffn_fusion.core.problem import Problem, evaluate, items_of
+from ffn_fusion.core.problem import Choice, Problem, evaluate, items_of
 from ffn_fusion.core.refine import Lesson, Vector, learned
-from ffn_fusion.core.search_records import Candidate, SearchResult
+from ffn_fusion.core.search_records import Candidate, Goal, Objective, Rises, SearchResult
 from ffn_fusion.core.solve import Solution, solve
-from ffn_fusion.core.stats import Estimate
 from ffn_fusion.errors import UserError
 from ffn_fusion.folder import StageFolder, write_atomically
 from ffn_fusion.hf.machine import pick_device
@@ -63,14 +62,20 @@ class Rule:
 
 @dataclass(frozen=True)
 class Tried:
-    """A plan that was measured. `predicted` is by the scores as they came, not as they were corrected."""
+    """A plan that was measured. What is predicted is by the scores as they came, not as they were corrected."""
 
     solution: Solution
     origin: str
     target: str
     predicted: float
+    """By the objective."""
+    predicted_kl: float
     lesson: Lesson
-    kl: Estimate
+    rises: Rises
+
+    def goal(self, objective: Objective) -> Goal | None:
+        """What the search goes by beside the KL."""
+        return None if objective == "kl" else Goal(self.predicted, self.rises.by(objective), self.rises.accuracy)
 
 
 def search_within(
@@ -96,14 +101,15 @@ def search_within(
                     origin=tried.origin,
                     target=target,
                     plan=str(tried.solution.plan),
-                    predicted_kl=tried.predicted,
-                    kl=tried.kl,
+                    predicted_kl=tried.predicted_kl,
+                    kl=tried.rises.kl,
                     predicted_ms=uses["decode_ms"],
                     uses=uses,
                     measured_ms=timed[target] if tried is best else None,
                     status=tried.solution.status,
                     gap=tried.solution.gap,
                     best=tried is best,
+                    goal=tried.goal(evidence.objective),
                 )
             )
     first = next(candidate for candidate in candidates if candidate.best)
@@ -111,6 +117,11 @@ def search_within(
         f"{target}: {time.ms:.4g} ms measured, over the limit of {limits['decode_ms']:.4g}; give a tighter one"
         for (target, limits), time in zip(wanted.items(), times, strict=True)
         if time and time.ms > limits.get("decode_ms", np.inf) * TOLERANCE
+    ]
+    estimated = [
+        f"{target}: no cost was measured of {', '.join(sizes)}; estimated from the last two sizes"
+        for target, tried in taken.items()
+        if (sizes := ledger.table.extrapolated(ledger.sized(tried.solution.plan.blocks)))
     ]
     _write_plans(folder, {target: tried.solution.plan for target, tried in taken.items()})
     return SearchResult(
@@ -124,7 +135,8 @@ def search_within(
         candidates=candidates,
         parent_ms=ledger.parent()["decode_ms"],
         parent_measured_ms=own,
-        note="; ".join([evidence.note] * bool(evidence.note) + missed),
+        note="; ".join([evidence.note] * bool(evidence.note) + missed + estimated),
+        objective=evidence.objective,
     )
 
 
@@ -134,6 +146,19 @@ def _write_plans(folder: StageFolder, plans: Mapping[str, Plan]) -> None:
         (folder.path / PLANS).mkdir(exist_ok=True)
         for number, plan in enumerate(plans.values(), start=1):
             write_atomically(folder.path / PLANS / f"{number}.json", plan.to_json())
+
+
+@dataclass(frozen=True)
+class _Forecast:
+    """What scores say of plans as they came: `alone` is their sum, `together` has the interactions in full."""
+
+    alone: Problem
+    together: Problem
+
+    def of(self, choice: Choice) -> tuple[float, float]:
+        """The sum of a plan's scores, and what interactions of full strength add to it."""
+        additive = evaluate(self.alone, choice)
+        return additive, evaluate(self.together, choice) - additive
 
 
 @dataclass
@@ -148,22 +173,29 @@ class _Search:
 
     @property
     def _strength(self) -> float:
-        """Of interactions, before anything is measured."""
-        return STRENGTH[self.meter.calibrates] if self.rule.interactions else 0.0
+        """Of interactions, before anything is measured: those of the logits say nothing about answers to questions."""
+        counted = self.rule.interactions and self.evidence.objective != "task"
+        return STRENGTH[self.meter.calibrates] if counted else 0.0
 
     @cached_property
     def _variants(self) -> Variants:
         return Variants(self.meter.parent.plan, self.evidence.scores)
 
     @cached_property
-    def _alone(self) -> Problem:
-        """By scores alone: what plans are taken apart by."""
-        return self._problem({}, 0.0)
+    def _goal(self) -> _Forecast:
+        return self._forecast(self.evidence.scores)
 
     @cached_property
-    def _together(self) -> Problem:
-        """With interactions in full."""
-        return self._problem({}, 1.0)
+    def _kl(self) -> _Forecast:
+        return self._forecast(self.evidence.kl)
+
+    def _forecast(self, scores: Scores) -> _Forecast:
+        variants = Variants(self.meter.parent.plan, scores)
+        return _Forecast(self._choice(variants, {}, 0.0), self._choice(variants, {}, 1.0))
+
+    def _choice(self, variants: Variants, limits: Uses, strength: float) -> Problem:
+        ledger, rule = self.evidence.ledger, self.rule
+        return variants.problem(ledger, limits, max_width=rule.max_width, fuse=rule.groups, strength=strength)
 
     def find(self, target: str, limits: Uses) -> None:
         """Measure plans for one budget: several of the solver's, or the one of a baseline."""
@@ -175,14 +207,13 @@ class _Search:
 
     def _problem(self, limits: Uses, strength: float, corrections: Vector | float = 0.0) -> Problem:
         """The choice within these limits, by scores and interactions as far as they are known."""
-        problem = self._variants.problem(
-            self.evidence.ledger, limits, max_width=self.rule.max_width, fuse=self.rule.groups, strength=strength
-        )
+        problem = self._choice(self._variants, limits, strength)
         return replace(problem, scores=(np.asarray(problem.scores) + corrections).tolist())
 
     def best(self, limits: Uses) -> Tried:
-        """The plan of least measured KL that keeps these limits, whatever budget it was found for."""
-        return min((tried for tried in self.tried if self._keeps(tried, limits)), key=lambda tried: tried.kl.mean)
+        """The best plan measured that keeps these limits, whatever budget it was found for."""
+        kept = [tried for tried in self.tried if self._keeps(tried, limits)]
+        return min(kept, key=lambda tried: tried.rises.by(self.evidence.objective).mean)
 
     def _learn(self, target: str, limits: Uses) -> None:
         """Propose and measure plans, each by what all that were measured before have taught."""
@@ -215,20 +246,22 @@ class _Search:
 
     def _learned(self) -> tuple[Vector, float]:
         """Corrections of the scores and the strength of interactions."""
-        strength = self._strength
+        strength, scores = self._strength, self._goal.alone.scores
         if not strength:
             lessons = [replace(tried.lesson, interactions=0.0) for tried in self.tried]
-            return learned(self._alone.scores, 0.0, lessons)[0], 0.0
-        return learned(self._alone.scores, strength, [tried.lesson for tried in self.tried])
+            return learned(scores, 0.0, lessons)[0], 0.0
+        return learned(scores, strength, [tried.lesson for tried in self.tried])
 
     def _try(self, found: Solution, origin: str, target: str) -> None:
-        kl = self.folder.remember(f"fused {found.plan}", Estimate, lambda: self.meter.fused(found.plan))
-        made = np.zeros(len(self._alone.scores), dtype=bool)
-        made[items_of(self._alone, found.choice)] = True
-        additive = evaluate(self._alone, found.choice)
-        interactions = evaluate(self._together, found.choice) - additive
+        rises = self.folder.remember(f"rises {found.plan}", Rises, lambda: self.meter.rises(found.plan))
+        made = np.zeros(len(self._goal.alone.scores), dtype=bool)
+        made[items_of(self._goal.alone, found.choice)] = True
+        additive, interactions = self._goal.of(found.choice)
+        kl, kl_interactions = self._kl.of(found.choice)
+        lesson = Lesson(made, additive, interactions, rises.by(self.evidence.objective).mean)
         predicted = additive + self._strength * interactions
-        self.tried.append(Tried(found, origin, target, predicted, Lesson(made, additive, interactions, kl.mean), kl))
+        predicted_kl = kl + (STRENGTH[self.meter.calibrates] if self.rule.interactions else 0.0) * kl_interactions
+        self.tried.append(Tried(found, origin, target, predicted, predicted_kl, lesson, rises))
 
     def _keeps(self, tried: Tried, limits: Uses) -> bool:
         exact = self.evidence.ledger.model(tried.solution.plan.blocks)
@@ -238,8 +271,9 @@ class _Search:
 def _baseline(problem: Problem, evidence: Evidence, rule: Rule) -> Solution:
     """What another rule than the solver's chooses within the same limits, from the same variants, nothing fused."""
     alike, method = evidence.similarity, rule.method
-    # What leaves the stream most as it is goes first; of whole layers also what costs least KL alone.
-    dropped = {score.first: -score.kl.mean for score in evidence.scores.changes if not score.block}
+    # What leaves the stream most as it is goes first; of whole layers also what costs least alone.
+    scored = zip(evidence.scores.changes, evidence.scores.values.tolist(), strict=True)
+    dropped = {score.first: -value for score, value in scored if not score.block}
     rankings: dict[str, dict[Part, Mapping[int, float]]] = {
         "shortgpt": {"layer": dict(enumerate(alike.layer))},
         "llm-drop": {"attention": dict(enumerate(alike.attention)), "ffn": dict(enumerate(alike.ffn))},

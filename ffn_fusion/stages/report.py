@@ -19,7 +19,7 @@ from ffn_fusion.core.score_grid import grid, row_of
 from ffn_fusion.core.stats import Estimate
 from ffn_fusion.errors import UserError
 from ffn_fusion.folder import write_atomically
-from ffn_fusion.stages import figures, figures_heal, figures_search
+from ffn_fusion.stages import figures, figures_heal, figures_search, figures_speed
 from ffn_fusion.stages.figures import Bar
 from ffn_fusion.stages.gather import Entry, Records, read_all
 
@@ -91,6 +91,7 @@ def render(records: Records) -> str:
         question=QUESTION,
         drawn=figures_search,
         healing=figures_heal,
+        speeds=figures_speed,
         compared=comparison,
         grid=grid,
         row_of=row_of,
@@ -174,7 +175,7 @@ def _quality(records: Records) -> Iterator[Headline]:
 
 
 def _speed(records: Records) -> Iterator[Headline]:
-    rows = [row for entry in records.bench for row in entry.result.rows]
+    rows = [row for entry in records.bench for row in entry.result.rows if row.decode_speedup is not None]
     student = _student(records)
     own = [row for row in rows if student and row.model == student[1].model]
     shown = own or [row for row in rows if row.model == rows[-1].model]

@@ -4,24 +4,41 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from cyclopts import Parameter
 
 from ffn_fusion.core.plan import Plan
+from ffn_fusion.core.search_records import Objective
 from ffn_fusion.errors import UserError
 from ffn_fusion.hf.machine import pick_device, pick_dtype
 from ffn_fusion.hf.model import ModelFolder
 from ffn_fusion.hf.resolve import resolve_model
-from ffn_fusion.settings import Blocks, Budget, Fusion, Limits, Machine, NotNegative, Positive, Space, Text, TwoOrMore
+from ffn_fusion.settings import (
+    Above0,
+    Blocks,
+    Budget,
+    Fusion,
+    Limits,
+    Machine,
+    NotNegative,
+    Positive,
+    Space,
+    Tasks,
+    Text,
+    TwoOrMore,
+)
 from ffn_fusion.stages.analyze import analyze
 from ffn_fusion.stages.bench import bench
 from ffn_fusion.stages.bld import bld
 from ffn_fusion.stages.cost import cost
 from ffn_fusion.stages.evaluate import HELD_OUT, evaluate
 from ffn_fusion.stages.fuse import fuse
+from ffn_fusion.stages.heal import heal
 from ffn_fusion.stages.report import report
 from ffn_fusion.stages.score import changes_of, score
-from ffn_fusion.stages.search import given_plans, search
+from ffn_fusion.stages.search import check_objective, given_plans, search
 
 PLAIN = Fusion(calibrate="none")
 
@@ -34,9 +51,12 @@ def run(
     start: str | None = None,
     costs: Path | None = None,
     force_costs: bool = False,
+    objective: Objective = "kl",
     library: Path | None = None,
     bld_epochs: NotNegative = 0,
     bld_windows: TwoOrMore = 256,
+    heal_by: Annotated[str | None, Parameter(name="--heal")] = None,
+    heal_scale: Above0 = 1.0,
     windows: Positive = 8,
     fit_windows: TwoOrMore = 64,
     eval_text: tuple[str, ...] = HELD_OUT.text,
@@ -46,11 +66,12 @@ def run(
     limits: Limits = Limits(),  # noqa: B008, frozen
     budget: Budget = Budget(),  # noqa: B008
     space: Space = Space(),  # noqa: B008
+    tasks: Tasks = Tasks(),  # noqa: B008
     fusion: Fusion = Fusion(),  # noqa: B008
     text: Text = Text(),  # noqa: B008
     machine: Machine = Machine(),  # noqa: B008
 ) -> str:
-    """Turn a model into a fused one: analyze, score, cost, search, fuse, eval, bench and report, with one dial.
+    """Turn a model into a fused one: analyze, score, cost, search, fuse, heal, eval, bench and report, with one dial.
 
     The dial is --speedup, --latency-ms, --memory-gb or another limit of the hardware; or --remove-attention, --max-kl,
     --plan or --start, which need no costs. Stages that are done are not done again; the student is in OUT/student, the
@@ -70,6 +91,9 @@ def run(
         Costs that `cost` measured on another machine, to search for that one; without it, they are measured here.
     force_costs
         Use costs of another device or dtype; the result says so.
+    objective
+        What to lose least of within a hardware budget: KL to the parent, the LM loss, or with --tasks the loss of right
+        answers. Tasks that the search goes by say less about the student afterwards.
     library
         Trained blocks to build with, a folder that `bld` made of the same parent.
     bld_epochs
@@ -77,6 +101,10 @@ def run(
         of memory.
     bld_windows
         Windows of calibration text for that.
+    heal_by
+        Also train the student back to its parent by this recipe of `heal` (quick, local-first, or a file), on --text.
+    heal_scale
+        Times as many tokens as that recipe says.
     windows
         Windows of calibration text that scores are measured on.
     fit_windows
@@ -96,9 +124,13 @@ def run(
         )
     parent = resolve_model(model)
     given_plans(parent, plan, start, budget, limits)
+    check_objective(objective, limits)
+    if (objective == "task") != bool(tasks.tasks):
+        raise UserError("--objective task and --tasks go together; give both or neither")
     num_changes = len(changes_of(parent, space)) if limits.given else 0
     if dry_run:
-        return forecast(parent, windows, fit_windows, text, eval_windows, steps, machine, num_changes)
+        told = forecast(parent, windows, fit_windows, text, eval_windows, steps, machine, num_changes)
+        return told + "\nquestions of --tasks come on top of score and search" * bool(tasks.tasks)
     analyze(model, out=out / "analysis", windows=windows, text=text, machine=machine)
     few = min(16, fit_windows)
     searching = partial(
@@ -122,6 +154,7 @@ def run(
             windows=windows,
             fit_windows=few,
             space=space,
+            tasks=tasks,
             fusion=fusion,
             text=text,
             machine=machine,
@@ -129,11 +162,11 @@ def run(
         if costs is None:
             costs = out / "costs"
             cost(model, out=costs, device=machine.device, dtype=machine.dtype)
-        found = searching(scores=scores, costs=costs, force_costs=force_costs, limits=limits)
+        found = searching(scores=scores, costs=costs, force_costs=force_costs, objective=objective, limits=limits)
     else:
         found = searching(analysis=out / "analysis", plan=plan, start=start)
     best = Plan.parse(found.result.plan)
-    student = out / "student"
+    student = out / ("fused" if heal_by else "student")
     # The text for all of them: channels are chosen by it where the plan cuts FFNs.
     build = partial(fuse, model, fit_windows=fit_windows, text=text, machine=machine)
     if bld_epochs and best != parent.plan:
@@ -144,6 +177,7 @@ def run(
             library=start_from,
             blocks=Blocks(plan=str(best)),
             norm=fusion.norm,
+            channel_steps=fusion.channel_steps,
             windows=bld_windows,
             epochs=bld_epochs,
             text=text,
@@ -153,9 +187,24 @@ def run(
     students = [student]
     if steps:
         unfused, plain = out / "steps" / "attention-removed", out / "steps" / "fused-not-calibrated"
-        build(plan=str(best.unfused()), out=unfused, fusion=PLAIN)
-        build(plan=str(best), out=plain, fusion=replace(PLAIN, norm=fusion.norm))
+        apart = replace(PLAIN, channel_steps=fusion.channel_steps)
+        build(plan=str(best.unfused()), out=unfused, fusion=apart)
+        build(plan=str(best), out=plain, fusion=replace(apart, norm=fusion.norm))
         students = [unfused, plain, student]
+    if heal_by:
+        student = out / "student"
+        heal(
+            model,
+            str(out / "fused"),
+            out=student,
+            stages=heal_by,
+            scale=heal_scale,
+            text=text.text,
+            column=text.column,
+            seed=text.seed,
+            machine=machine,
+        )
+        students.append(student)
     held_out = replace(HELD_OUT, text=eval_text, column=text.column, seed=text.seed)
     scored = evaluate(
         model, *map(str, students), out=out / "eval", windows=eval_windows, text=held_out, machine=machine

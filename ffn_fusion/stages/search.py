@@ -8,15 +8,14 @@ from pathlib import Path
 
 from ffn_fusion.core.plan import Plan
 from ffn_fusion.core.records import AnalyzeResult
-from ffn_fusion.core.search_records import SearchResult
-from ffn_fusion.errors import UserError
+from ffn_fusion.core.search_records import Objective, SearchResult
+from ffn_fusion.errors import UserError, needs_extra
 from ffn_fusion.folder import RECORD, Environment, Record, StageFolder, read_record, run_stage, write_atomically
-from ffn_fusion.hf.library import open_library
-from ffn_fusion.hf.machine import device_map, pick_dtype, where
-from ffn_fusion.hf.meter import Meter
+from ffn_fusion.hf.machine import where
+from ffn_fusion.hf.meter import Ask, Meter
 from ffn_fusion.hf.model import PLAN_FILE, ModelFolder
-from ffn_fusion.hf.resolve import load_tokenizer, read_plan, resolve_model
-from ffn_fusion.hf.text import read_windows
+from ffn_fusion.hf.resolve import read_plan, resolve_model
+from ffn_fusion.hf.setup import set_up
 from ffn_fusion.settings import Budget, Fusion, Grouping, Limits, Machine, Method, Positive, Text, TwoOrMore
 from ffn_fusion.stages import evidence, greedy, puzzle
 
@@ -33,6 +32,7 @@ def search(
     start: str | None = None,
     library: Path | None = None,
     method: Method = "mip",
+    objective: Objective = "kl",
     interactions: bool = True,
     groups: bool = True,
     windows: Positive = 8,
@@ -71,6 +71,9 @@ def search(
         Trained blocks to build candidates with, a folder that `bld` made of the same parent.
     method
         How a plan is chosen within a hardware budget: the solver, or one of the rivals it is compared with.
+    objective
+        What to lose least of within a hardware budget: KL to the parent, the LM loss, or the loss of right answers to
+        the tasks that `score --tasks` asked.
     interactions
         Count how changes interact, not only the sum of their scores.
     groups
@@ -82,23 +85,18 @@ def search(
     """
     parent = resolve_model(model)
     given, begun = given_plans(parent, plan, start, budget, limits)
+    check_objective(objective, limits)
     greedy.check_grouping(grouping, budget, given, parent)
-    trained = open_library(library, parent, fusion.norm)
-    tokenizer = load_tokenizer(parent, machine.trust_remote_code)
-    measure = read_windows(text, tokenizer, windows, "measure")
-    fit = read_windows(text, tokenizer, fit_windows, "fit")
-    dtype = pick_dtype(machine, parent.checkpoint)
-    inputs = {
-        "model": parent.fingerprint,
-        "text": [measure.sample.digest, fit.sample.digest],
+    setup = set_up(parent, library, windows, fit_windows, fusion=fusion, text=text, machine=machine)
+    inputs = setup.inputs | {
         "plan": str(given or ""),
         "budget": asdict(budget),
-        "fusion": asdict(fusion),
-        "dtype": str(dtype),
-        **({"start": str(begun)} if begun else {}),  # so that results from before there was one stay valid
+        # Left out where they are not used, so that results from before there were any stay valid.
+        **({"start": str(begun)} if begun else {}),
         **({"grouping": asdict(grouping)} if grouping != Grouping() else {}),
-        **({"library": trained.fingerprint} if trained else {}),
+        **({"objective": objective} if objective != "kl" else {}),
     }
+    ask: Ask | None = None
     within: Callable[[Meter, StageFolder], SearchResult]
     if limits.given:
         if grouping != Grouping():
@@ -107,20 +105,25 @@ def search(
             )
         rule = puzzle.Rule(method, interactions, groups, budget.trials, budget.max_fused_width, text.seed)
         scores, costs = _needed(scores, "--scores", "score"), _needed(costs, "--costs", "cost")
-        known = evidence.read_evidence(parent, scores, costs, machine, dtype, force_costs)
+        known = evidence.read_evidence(
+            parent, scores, costs, objective, machine=machine, dtype=setup.dtype, force=force_costs
+        )
         wanted = evidence.targets(limits, known.ledger)
         inputs |= {"scores": _digest(scores), "costs": _digest(costs), "limits": asdict(limits), "rule": asdict(rule)}
         within = partial(puzzle.search_within, known, wanted, rule)
+        if objective == "task":
+            with needs_extra("--objective task", "eval"):
+                from ffn_fusion.tasks.quiz import Quiz  # an extra, and slow to import
+            ask = Quiz.again(known.inputs, setup.tokenizer)
     else:
         analysed = _analysis(_needed(analysis, "--analysis", "analyze"), parent)
         inputs |= {"analysis": analysed.sample.digest}
         within = partial(greedy.search_greedily, analysed, budget, grouping, given, begun)
 
     def work(folder: StageFolder) -> tuple[SearchResult, Environment]:
-        resident = parent.load(dtype, device_map(machine))
-        result = within(Meter(parent, resident, measure, fit, fusion, machine, trained), folder)
+        result = within(setup.meter(ask), folder)
         write_atomically(folder.path / PLAN_FILE, Plan.parse(result.plan).to_json())
-        return result, where(machine, dtype)
+        return result, where(machine, setup.dtype)
 
     return run_stage("search", out, inputs, SearchResult, work)
 
@@ -148,6 +151,12 @@ def given_plans(
         )
     given, begun = (None if text is None else read_plan(text, parent) for text in (plan, start))
     return given, begun.unfused() if begun else None
+
+
+def check_objective(objective: Objective, limits: Limits) -> None:
+    """`UserError` if a search that knows no other goal than the KL is to have one."""
+    if objective != "kl" and not limits.given:
+        raise UserError(f"--objective {objective} is for a hardware budget, such as --speedup; the rest goes by KL")
 
 
 def _needed(folder: Path | None, option: str, verb: str) -> Path:

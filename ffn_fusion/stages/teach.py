@@ -23,7 +23,8 @@ from ffn_fusion.hf.resolve import load_tokenizer, resolve_model
 from ffn_fusion.hf.teacher_cache import SHARD, ask, tokenizer_key, windows_per_shard, write_shard
 from ffn_fusion.hf.text import Windows, read_windows
 from ffn_fusion.progress import track
-from ffn_fusion.settings import Above0, Machine, NotNegative, Positive, Text, Writing
+from ffn_fusion.settings import Above0, Machine, NotNegative, Positive, Text
+from ffn_fusion.settings_training import Writing
 
 TEXT = "text.jsonl"
 PROGRESS = "written.json"

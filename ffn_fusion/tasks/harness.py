@@ -10,6 +10,7 @@ import io
 import json
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -31,6 +32,19 @@ FIRST = ("acc_norm", "acc", "exact_match, flexible-extract", "exact_match", "pas
 """Metrics by which a task is customarily known, in order of preference."""
 MEANS = {"mean": "", "agg_inst_level_acc": "", "perplexity": ", log-likelihood"}
 """Aggregations that are a mean over items, or become one: what is then added to the metric's name."""
+
+NEVER = -1e9
+"""Log-likelihood of an answer that is not to be chosen."""
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A question with the answers that it offers: a request for each, what divides its log-likelihood, and which of
+    them are right."""
+
+    requests: list[Any]
+    lengths: list[float]
+    right: set[int]
 
 
 class HarnessTask:
@@ -96,6 +110,33 @@ class HarnessTask:
         better = {label: bool(higher.get(label.partition(",")[0], True)) for label in order}
         better |= {label: True for label in order if label.endswith(MEANS["perplexity"])}
         return Items({label: values[label] for label in order}, better, responses)
+
+    def offers(self) -> list[Offer]:
+        """Its questions; `UserError` where the task does not choose by the likelihood of answers that it offers."""
+        by_document = defaultdict(list)
+        for request in self._task.instances:
+            by_document[request.doc_id].append(request)
+        return [self._offer(document, by_document[document_id]) for document_id, document in self._documents()]
+
+    def _offer(self, document: dict[str, Any], requests: list[Any]) -> Offer:
+        metric = next((name for name in ("acc_norm", "acc") if name in self._task.aggregation()), None)
+        if metric is None or any(request.request_type != "loglikelihood" for request in requests):
+            raise UserError(f"{self.name} offers no answers to choose from; take tasks such as arc_easy or hellaswag")
+
+        def chosen(best: int) -> float:
+            """What the harness makes of a model that is sure of one answer."""
+            sure = [(0.0, True) if at == best else (NEVER, False) for at in range(len(requests))]
+            return float(self._task.process_results(document, sure)[metric])
+
+        right = {at for at in range(len(requests)) if chosen(at) == 1}
+        if not right:
+            raise UserError(f"{self.name} holds a question of which no offered answer is right")
+        lengths = [1.0] * len(requests)
+        if metric == "acc_norm":
+            # The harness divides by characters; relative to their mean, nats stay nats.
+            sizes = [len(request.args[1].removeprefix(self._task.config.target_delimiter)) for request in requests]
+            lengths = [size * len(sizes) / sum(sizes) for size in sizes]
+        return Offer(requests, lengths, right)
 
     def _documents(self) -> Iterator[tuple[int, dict[str, Any]]]:
         documents: Iterator[tuple[int, dict[str, Any]]] = self._task.doc_iterator(limit=self._limit)

@@ -106,7 +106,7 @@ class Scorer(HFLM):  # type: ignore[misc]
         vocabulary: int = self.model.config.vocab_size
         return min(MAX_TOKENS, free // 4 // (LOGIT_BYTES * vocabulary))
 
-    def answer(self, kind: str, requests: list[Instance]) -> list[Any]:
+    def answer(self, kind: str, requests: list[Instance], quiet: bool = False) -> list[Any]:
         """Answers to requests of one of the harness' kinds, with its progress bar where there is a terminal."""
         if kind == "generate_until":
             room = max(request.args[1].get("max_gen_toks", self.max_gen_toks) for request in requests)
@@ -115,7 +115,7 @@ class Scorer(HFLM):  # type: ignore[misc]
             self.batch_size_per_gpu = self._prompts_at_once(requests, room)
         else:
             self._encode_all(text for request in requests for text in _as_encoded(*request.args))
-        answers: list[Any] = getattr(self, kind)(requests, disable_tqdm=not sys.stderr.isatty())
+        answers: list[Any] = getattr(self, kind)(requests, disable_tqdm=quiet or not sys.stderr.isatty())
         return answers
 
     def generate(self, prompts: Sequence[str], max_tokens: int, stop: Sequence[str] = ()) -> list[str]:

@@ -34,9 +34,8 @@ if TYPE_CHECKING:
     from ffn_fusion.hf.alignment import Trained
 
 LENGTH = 1024
-LEARNING_RATES = {"sft": 2e-5, "dpo": 1e-6}
-LORA_FASTER = 10
-"""Times the learning rate with adapters, which start from nothing."""
+LEARNING_RATES = {"sft": (2e-5, 2e-4), "dpo": (1e-6, 1e-5)}
+"""Of all weights, and of adapters, which start from nothing."""
 
 
 def align(
@@ -97,7 +96,7 @@ def align(
         method=method,
         lora=tuning.lora,
         epochs=tuning.epochs,
-        learning_rate=tuning.learning_rate or LEARNING_RATES[method] * (LORA_FASTER if tuning.lora else 1),
+        learning_rate=tuning.learning_rate or LEARNING_RATES[method][bool(tuning.lora)],
         beta=tuning.beta,
         batch_size=machine.batch_size,
         accumulate=tuning.accumulate,

@@ -62,6 +62,26 @@ class Text:
     seed: int = 0
 
 
+# A verb's own defaults are a class: of a default value of `Text`, the command line would keep nothing once one of its
+# options is given.
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class LongText(Text):
+    length: TwoOrMore = 1024
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class HeldOutText(LongText):
+    text: tuple[str, ...] = ("builtin:novels",)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Prompts(HeldOutText):
+    length: TwoOrMore = 64
+
+
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class Space:

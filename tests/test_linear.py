@@ -30,7 +30,7 @@ from ffn_fusion.hf.surgery import student_recipes
 from ffn_fusion.serving import folded, gguf_file, hf, megatron, mlx
 from ffn_fusion.serving.targets import TARGETS
 from ffn_fusion.settings import Fusion, Machine
-from ffn_fusion.stages.bench import cost_of
+from ffn_fusion.stages.entrants import cost_of
 from ffn_fusion.stages.export import export
 from ffn_fusion.stages.fuse import fuse
 from ffn_fusion.stages.serve import serve

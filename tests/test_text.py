@@ -10,6 +10,7 @@ from conftest import tiny_tokenizer
 from reference import one_line
 from texts import sentences, write_text
 
+from ffn_fusion.cli import app
 from ffn_fusion.errors import UserError
 from ffn_fusion.hf.text import read_windows
 from ffn_fusion.settings import Text
@@ -80,3 +81,19 @@ def test_unusable_text_is_one_clear_line(tmp_path: Path, make: object, says: str
 def test_a_builtin_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="wikipedia"):
         read_windows(Text(text=("builtin:nothing",)), tiny_tokenizer(), 1)
+
+
+@pytest.mark.parametrize(
+    ("command", "source", "length"),
+    [
+        (["eval", "m", "--seed", "3", "--out", "o"], "builtin:novels", 1024),
+        (["fuse", "m", "--plan", "p", "--seed", "3", "--out", "o"], "builtin:wikipedia", 1024),
+        (["speculate", "m", "d", "--seed", "3", "--out", "o"], "builtin:novels", 64),
+        (["analyze", "m", "--seed", "3", "--out", "o"], "builtin:wikipedia", 512),
+    ],
+)
+def test_one_option_of_the_text_leaves_a_verbs_other_defaults_alone(
+    command: list[str], source: str, length: int
+) -> None:
+    text = app.parse_args(command, exit_on_error=False, print_error=False)[1].arguments["text"]
+    assert (text.text, text.length, text.seed) == ((source,), length, 3)

@@ -23,12 +23,12 @@ from ffn_fusion.hf.provenance import texts_behind
 from ffn_fusion.hf.resolve import labels, load_tokenizer, resolve_model
 from ffn_fusion.hf.text import Windows, read_windows
 from ffn_fusion.progress import track
-from ffn_fusion.settings import Judging, Machine, Positive, Tasks, Text
+from ffn_fusion.settings import HeldOutText, Judging, Machine, Positive, Tasks
 
 if TYPE_CHECKING:
     from ffn_fusion.tasks.board import Board
 
-HELD_OUT = Text(text=("builtin:novels",), length=1024)
+HELD_OUT = HeldOutText()
 
 
 def evaluate(
@@ -39,7 +39,7 @@ def evaluate(
     fitted_on: tuple[str, ...] = (),
     tasks: Tasks = Tasks(),  # noqa: B008, frozen
     judging: Judging = Judging(),  # noqa: B008
-    text: Text = HELD_OUT,
+    text: HeldOutText = HELD_OUT,
     machine: Machine = Machine(),  # noqa: B008
 ) -> Record[EvalResult] | str:
     """Compare models with their parent: held-out text, and benchmark tasks with paired differences.

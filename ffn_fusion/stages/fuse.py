@@ -22,7 +22,7 @@ from ffn_fusion.hf.student import model_card, write_student
 from ffn_fusion.hf.text import Windows, read_windows
 from ffn_fusion.hf.walk import ParentWalk
 from ffn_fusion.progress import track
-from ffn_fusion.settings import Fusion, Machine, Text, TwoOrMore
+from ffn_fusion.settings import Fusion, LongText, Machine, TwoOrMore
 
 FITS = "calibration.json"
 STREAMS = "streams.safetensors"
@@ -37,7 +37,7 @@ def fuse(
     library: Path | None = None,
     fit_windows: TwoOrMore = 64,
     fusion: Fusion = Fusion(),  # noqa: B008, frozen
-    text: Text = Text(length=1024),  # noqa: B008
+    text: LongText = LongText(),  # noqa: B008
     machine: Machine = Machine(),  # noqa: B008
 ) -> Record[FuseResult]:
     """Build the student of a plan: a folder that transformers, vLLM, MLX-LM and others load.

@@ -1,7 +1,7 @@
 """`run`: the main job, every stage in order with one dial; the one stage that calls others."""
 
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -21,6 +21,7 @@ from ffn_fusion.settings import (
     Budget,
     Fusion,
     Limits,
+    LongText,
     Machine,
     NotNegative,
     Positive,
@@ -168,7 +169,7 @@ def run(
     best = Plan.parse(found.result.plan)
     student = out / ("fused" if heal_by else "student")
     # The text for all of them: channels are chosen by it where the plan cuts FFNs.
-    build = partial(fuse, model, fit_windows=fit_windows, text=text, machine=machine)
+    build = partial(fuse, model, fit_windows=fit_windows, text=LongText(**asdict(text)), machine=machine)
     if bld_epochs and best != parent.plan:
         start_from, library = library, out / "library"
         bld(

@@ -14,7 +14,7 @@ from ffn_fusion.hf.resolve import load_tokenizer, resolve_model
 from ffn_fusion.hf.text import read_windows
 from ffn_fusion.serving.engines import ENGINES, Installed
 from ffn_fusion.serving.hf import check_engine
-from ffn_fusion.settings import Machine, Positive, Text, TwoOrMore
+from ffn_fusion.settings import Machine, Positive, Prompts, TwoOrMore
 
 
 def speculate(
@@ -28,7 +28,7 @@ def speculate(
     new_tokens: TwoOrMore = 64,
     engine_python: str = sys.executable,
     untested: bool = False,
-    text: Text = Text(text=("builtin:novels",), length=64),  # noqa: B008, frozen
+    text: Prompts = Prompts(),  # noqa: B008, frozen
     machine: Machine = Machine(),  # noqa: B008
 ) -> Record[SpeculateResult]:
     """Decode greedily with and without a draft model. A student is a natural draft of its parent: same tokenizer,

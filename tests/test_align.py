@@ -4,7 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -135,9 +135,10 @@ def test_a_bf16_student_trains_in_float32_and_is_scored_as_it_is_stored(
     save_file({name: weight.bfloat16() for name, weight in weights.items()}, half / "model.safetensors")
     trained: list[torch.dtype] = []
 
-    def watched(source: ModelFolder, weights: dict[str, torch.Tensor], *rest: Any) -> None:
-        trained.extend(weight.dtype for weight in weights.values())
-        write_tuned(source, weights, *rest)
+    def watched(source: ModelFolder, weights: Iterator[tuple[str, torch.Tensor]], *rest: Any) -> None:
+        kept = list(weights)
+        trained.extend(weight.dtype for _, weight in kept)
+        write_tuned(source, kept, *rest)
 
     monkeypatch.setattr("ffn_fusion.stages.align.write_tuned", watched)
     machine = Machine(device="cpu", batch_size=4)

@@ -88,6 +88,7 @@ def test_a_student_comes_nearer_to_its_parent(
     folder = tmp_path / "out"
     assert (folder / "plan.json").read_text() == (tiny_student("llama") / "plan.json").read_text()
     assert not list(folder.glob("state*")) + list(folder.glob("students"))
+    assert "mean KL to the parent over the domains" in (folder / "README.md").read_text()
     loaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     assert loaded.dtype == torch.float32
     scores = evaluate(

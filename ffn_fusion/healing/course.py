@@ -1,8 +1,8 @@
 """A recipe from its first step to its last: stages in a row, check-ups between them, always ready to be killed."""
 
-import json
 import shutil
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -13,24 +13,32 @@ import cattrs
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedTokenizerBase
 
 from ffn_fusion.core.curriculum import Curriculum, TrainingStage
-from ffn_fusion.core.heal_records import CheckUp, Drawn, Measure, StageOutcome, TrainingPoint, best_of, regression
-from ffn_fusion.core.plan import Plan
+from ffn_fusion.core.heal_records import (
+    CheckUp,
+    Drawn,
+    HealResult,
+    Measure,
+    StageOutcome,
+    TrainingPoint,
+    best_of,
+    regression,
+)
 from ffn_fusion.folder import StageFolder
 from ffn_fusion.healing import checkpoints
 from ffn_fusion.healing.corpus import build_corpus, repeated
-from ffn_fusion.healing.domains import Answers, Domain, ask_parent
-from ffn_fusion.healing.feeds import CachedFeed, Feed, LiveFeed, head_of, needs_parent, spans
+from ffn_fusion.healing.domains import Answers, ask_parent
+from ffn_fusion.healing.feeds import CachedFeed, Feed, LiveFeed, head_of, needs_parent
 from ffn_fusion.healing.flops import matrix_flops, training_flops
+from ffn_fusion.healing.given import Habits, Material, Pair
 from ffn_fusion.healing.journal import Journal
 from ffn_fusion.healing.loop import Done, Objective, Training, evenly
 from ffn_fusion.healing.ranks import Ranks
-from ffn_fusion.healing.sharded import Form, Model, load, write_weights
-from ffn_fusion.hf.model import PLAN_FILE, ModelFolder, copy_companions
+from ffn_fusion.healing.sharded import Form, Model, load, whole_weights
+from ffn_fusion.hf.model import ModelFolder
 from ffn_fusion.hf.surgery import LAYER
-from ffn_fusion.hf.teacher_cache import TeacherCache
+from ffn_fusion.hf.tuned import write_card, write_tuned
 from ffn_fusion.progress import track
 
 STUDENTS = "students"
@@ -38,48 +46,6 @@ POSITIONS = ("rope_parameters", "rope_theta", "rope_scaling", "max_position_embe
 PROGRESS = "progress.json"
 POINTS = 200
 """Points of the curve in a stage, at most."""
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Parent and student, and the plan that leads from one to the other."""
-
-    parent: ModelFolder
-    student: ModelFolder
-    plan: Plan
-
-    def changed(self, stage: TrainingStage) -> frozenset[int]:
-        """Blocks that the stage trains if it does not train all."""
-        found = {i for i, block in enumerate(self.plan.blocks) if block not in self.parent.plan.blocks}
-        if stage.trains == "neighbours":
-            found |= {i + step for i in found for step in (-1, 1)} & set(range(len(self.plan.blocks)))
-        return frozenset(found)
-
-    def objective(self, stage: TrainingStage, compiled: bool = False) -> Objective:
-        return Objective(stage.losses, spans(self.plan), self.changed(stage) if stage.local else None, compiled)
-
-
-@dataclass(frozen=True)
-class Material:
-    """What is read: text by this tokenizer, or a cache of the parent's answers, and the domains."""
-
-    tokenizer: PreTrainedTokenizerBase
-    domains: list[Domain]
-    cache: TeacherCache | None = None
-
-
-@dataclass(frozen=True)
-class Habits:
-    """How to go about it; none of it changes what is learned, but for rounding."""
-
-    dtype: torch.dtype
-    batch_size: int
-    check_ups: int
-    save_every: int
-    patience: int
-    compiled: bool
-    checkpointed: bool
-    seed: int
 
 
 @dataclass
@@ -257,9 +223,13 @@ class Course:
         if self.ranks.is_first:
             shutil.rmtree(out, ignore_errors=True)
             out.mkdir(parents=True)
-        write_weights(student, self.pair.student.checkpoint.specs, out, self.ranks)
-        if self.ranks.is_first:
-            write_companions(self.pair.student, self._config(self.progress.stage), out)
+        weights = whole_weights(student, self.pair.student.checkpoint.specs)
+        if not self.ranks.is_first:
+            deque(weights, maxlen=0)
+        else:
+            config = self._config(self.progress.stage).to_dict()
+            fields = {name: value for name, value in config.items() if name in POSITIONS}
+            write_tuned(self.pair.student, weights, out, fields)
             for path in folder.iterdir():
                 if path.name not in (f"step-{best}", out.name):
                     shutil.rmtree(path)
@@ -292,26 +262,21 @@ class Course:
         self.ranks.wait()
 
 
-def write_companions(student: ModelFolder, config: Any, out: Path) -> None:
-    """All of a student folder but weights and record; of the configuration only the positions may have changed."""
-    fields = {name: value for name, value in config.to_dict().items() if name in POSITIONS}
-    (out / "config.json").write_text(json.dumps(student.raw_config | fields, indent=2) + "\n", encoding="utf-8")
-    if student.is_student:
-        shutil.copyfile(student.folder / PLAN_FILE, out / PLAN_FILE)
-    copy_companions(student.folder, out)
-
-
-def finish(folder: Path, pair: Pair, check_ups: list[CheckUp], best: int) -> None:
+def finish(folder: Path, student: ModelFolder, result: HealResult) -> None:
     """Put the student of the best check-up where a student folder has it; at step 0 it is the one that came in."""
-    step = check_ups[best].step
+    step = result.check_ups[result.best].step
+    kept = folder / STUDENTS / f"step-{step}"
     if step:
-        for path in (folder / STUDENTS / f"step-{step}").iterdir():
+        # A run that was killed here has moved some of it, or all.
+        for path in kept.iterdir() if kept.is_dir() else ():
             path.rename(folder / path.name)
     else:
-        for path in pair.student.folder.glob("model*.safetensors*"):
-            shutil.copyfile(path, folder / path.name)
-        write_companions(pair.student, pair.student.config, folder)
+        held = student.checkpoint
+        write_tuned(student, ((name, held.read(name)) for name in held.specs), folder)
     shutil.rmtree(folder / STUDENTS, ignore_errors=True)
+    tokens = sum(stage.num_tokens for stage in result.stages)
+    told = f"Healed by ffn-fusion, recipe {result.recipe}, {tokens:,} tokens: {result.verdict}."
+    write_card(student, f"## Healing\n\n{told}\n", folder)
 
 
 def _chooser(stage: TrainingStage, moving: frozenset[int]) -> Callable[[str], bool]:

@@ -1,9 +1,8 @@
 """Models whose blocks are spread over ranks (FSDP2), read and written a tensor at a time in the ordinary format."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -13,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from ffn_fusion.healing.ranks import Ranks
-from ffn_fusion.hf.checkpoint import Checkpoint, ShardWriter, Spec
+from ffn_fusion.hf.checkpoint import Checkpoint
 from ffn_fusion.hf.model import ModelFolder, materialise, restore_buffers, skeleton
 from ffn_fusion.hf.probe import Passthrough
 from ffn_fusion.hf.surgery import LAYER
@@ -157,18 +156,12 @@ def whole(tensor: Tensor) -> Tensor:
     return found.detach()
 
 
-def write_weights(model: Model, specs: Mapping[str, Spec], out: Path, ranks: Ranks) -> None:
-    """The model's weights in the ordinary format, in the dtypes of `specs`; the first rank writes."""
+def whole_weights(model: Model, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """The model's weights one after the other; all ranks must take them."""
     # The root's weights are whole since its last forward pass, and then not those that the optimizer moves.
     cast(FSDPModule, model).reshard()
-    tensors = ((name, whole(model.model.get_parameter(name))) for name in specs)
-    if not ranks.is_first:
-        for _ in tensors:
-            pass
-        return
-    with ShardWriter(out, specs) as writer:
-        for name, tensor in tensors:
-            writer.write(name, tensor.to(specs[name].dtype))
+    for name in names:
+        yield name, whole(model.model.get_parameter(name))
 
 
 def trained_parameters(model: nn.Module) -> Iterable[nn.Parameter]:

@@ -25,7 +25,7 @@ from ffn_fusion.hf.model import ModelFolder
 from ffn_fusion.hf.provenance import texts_behind
 from ffn_fusion.hf.records import Example, digest, read_examples, split
 from ffn_fusion.hf.resolve import load_tokenizer, resolve_model
-from ffn_fusion.hf.tuned import write_tuned
+from ffn_fusion.hf.tuned import write_card, write_tuned
 from ffn_fusion.progress import track
 from ffn_fusion.settings import Machine, TwoOrMore
 from ffn_fusion.settings_training import Tuning
@@ -128,8 +128,10 @@ def align(
         if not tuning.lora and not (folder.state / alignment.CHECKPOINTS).is_dir():
             _check_disk(source, folder.path)
         trained = job.train(alignment, trained_on, folder.state)
-        told = _told(course, records)
-        write_tuned(source, trained.weights, folder.path, told)
+        # A head that is tied to the embeddings is not stored.
+        stored = ((name, trained.weights[name]) for name in source.checkpoint.specs)
+        write_tuned(source, stored, folder.path)
+        write_card(source, _told(course, records), folder.path)
         trained.weights.clear()  # the model is loaded again below, as it is stored
         after = job.score(ModelFolder(folder.path), held_out, "after")
         counts = [[answer.num_learnt for answer in example.answers] for example in held_out]

@@ -15,9 +15,10 @@ from ffn_fusion.core.heal_records import HealResult, best_of
 from ffn_fusion.core.plan import Plan
 from ffn_fusion.errors import UserError
 from ffn_fusion.folder import Environment, Record, StageFolder, run_stage
-from ffn_fusion.healing.course import Course, Habits, Material, Pair, finish
+from ffn_fusion.healing.course import Course, finish
 from ffn_fusion.healing.domains import read_domains
 from ffn_fusion.healing.feeds import check_cache
+from ffn_fusion.healing.given import Habits, Material, Pair
 from ffn_fusion.healing.ranks import Ranks, joined
 from ffn_fusion.hf.checkpoint import fingerprint
 from ffn_fusion.hf.machine import pick_device, pick_dtype, where
@@ -139,9 +140,6 @@ def heal(
                 "--gradient-checkpointing, or shorten --length; the same command goes on from the last checkpoint"
             ) from None
         progress, measure = course.progress, course.measure
-        best = best_of(progress.check_ups, measure)
-        if ranks.is_first:
-            finish(folder.path, pair, progress.check_ups, best)
         result = HealResult(
             parent=parent,
             student=student,
@@ -152,10 +150,12 @@ def heal(
             stages=progress.stages,
             check_ups=progress.check_ups,
             curve=progress.curve,
-            best=best,
+            best=best_of(progress.check_ups, measure),
             stopped=progress.stopped,
             earlier_texts=[*texts_behind(target), *(cache.sources if cache else ())],
         )
+        if ranks.is_first:
+            finish(folder.path, target, result)
         return result, where(machine, dtype)
 
     with joined(machine) as ranks:

@@ -17,11 +17,10 @@ def _obstacle(student: ModelFolder, ranks: int) -> str | None:
     config = student.config
     if config.num_attention_heads % ranks:
         return f"the number of attention heads, {config.num_attention_heads},"
-    for index, (block, width) in enumerate(zip(config.block_configs, config.ffn_widths, strict=True)):
-        if width % ranks:
-            return f"FFN width {width} of block {index}"
-        group = block.attention.n_heads_in_group
-        kv_heads = config.num_attention_heads // group if group else ranks
+    for index, shape in enumerate(student.shapes):
+        if shape.ffn_width % ranks:
+            return f"FFN width {shape.ffn_width} of block {index}"
+        kv_heads = shape.kv_heads or ranks
         if kv_heads % ranks and ranks % kv_heads:
             return f"the number of kv heads of block {index}, {kv_heads},"
     return None

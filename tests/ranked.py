@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from ffn_fusion.hf.decode import Decoder, DecodeStep
 from ffn_fusion.hf.model import ModelFolder
-from ffn_fusion.hf.ranks import joined
+from ffn_fusion.speed.decode import Decoder, DecodeStep
+from ffn_fusion.speed.ranks import joined
 
 if __name__ == "__main__":
     order = json.loads(sys.argv[1])

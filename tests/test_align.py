@@ -20,12 +20,12 @@ from ffn_fusion import Fusion, Machine, Plan, Text, Tuning, UserError
 from ffn_fusion.core.align_records import Course, scores
 from ffn_fusion.core.stats import Estimate
 from ffn_fusion.folder import read_record
-from ffn_fusion.hf import alignment
-from ffn_fusion.hf.answers import log_probability
+from ffn_fusion.healing import alignment
+from ffn_fusion.healing.answers import log_probability
+from ffn_fusion.healing.examples import read_examples, split
+from ffn_fusion.healing.tuned import write_tuned
 from ffn_fusion.hf.model import ModelFolder
 from ffn_fusion.hf.provenance import texts_behind
-from ffn_fusion.hf.records import read_examples, split
-from ffn_fusion.hf.tuned import write_tuned
 from ffn_fusion.stages.align import AlignResult, align
 from ffn_fusion.stages.evaluate import evaluate
 from ffn_fusion.stages.fuse import fuse
@@ -318,8 +318,8 @@ def test_what_the_machine_lacks_is_said_in_terms_of_options(
 
 
 def test_a_missing_extra_is_named(student: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "ffn_fusion.hf.alignment")
-    monkeypatch.delattr("ffn_fusion.hf.alignment")
+    monkeypatch.delitem(sys.modules, "ffn_fusion.healing.alignment")
+    monkeypatch.delattr("ffn_fusion.healing.alignment")
     monkeypatch.setitem(sys.modules, "trl", None)
     with pytest.raises(UserError, match=r"align needs trl: pip install 'ffn-fusion\[align\]'"):
         align(str(student), method="sft", data=(chats,), out=tmp_path / "tuned", machine=CPU)

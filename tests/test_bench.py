@@ -19,13 +19,13 @@ from ffn_fusion.core.laps import Split, Subject, rows_of
 from ffn_fusion.core.plan import Plan
 from ffn_fusion.errors import UserError
 from ffn_fusion.folder import read_record
-from ffn_fusion.hf import race
-from ffn_fusion.hf.decode import DecodeStep
-from ffn_fusion.hf.ranks import Ranks
-from ffn_fusion.hf.sublayers import Rank
 from ffn_fusion.serving import latency
 from ffn_fusion.serving.engines import Engine
 from ffn_fusion.settings import Machine
+from ffn_fusion.speed import race
+from ffn_fusion.speed.decode import DecodeStep
+from ffn_fusion.speed.ranks import Ranks
+from ffn_fusion.speed.sublayers import Rank
 from ffn_fusion.stages import timekeeper
 from ffn_fusion.stages.bench import bench
 

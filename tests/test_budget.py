@@ -19,7 +19,7 @@ from ffn_fusion.core.search_records import ChangeScore
 from ffn_fusion.core.space import Sizes, changes
 from ffn_fusion.core.stats import Estimate
 from ffn_fusion.hf.model import ModelFolder
-from ffn_fusion.hf.stacks import facts_of
+from ffn_fusion.speed.stacks import facts_of
 from ffn_fusion.stages.entrants import cost_of
 
 MULTIPLE = 256

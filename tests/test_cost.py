@@ -29,13 +29,13 @@ from ffn_fusion.core.cost_table import (
 from ffn_fusion.core.plan import Plan
 from ffn_fusion.errors import UserError
 from ffn_fusion.folder import read_record
-from ffn_fusion.hf import arena, timing
-from ffn_fusion.hf.collectives import measure_communication
 from ffn_fusion.hf.model import ModelFolder
-from ffn_fusion.hf.ranks import check_ranks
 from ffn_fusion.hf.resolve import resolve_model
-from ffn_fusion.hf.stacks import Stack, facts_of, read_costs
-from ffn_fusion.hf.timing import Step
+from ffn_fusion.speed import arena, timing
+from ffn_fusion.speed.collectives import measure_communication
+from ffn_fusion.speed.ranks import check_ranks
+from ffn_fusion.speed.stacks import Stack, facts_of, read_costs
+from ffn_fusion.speed.timing import Step
 from ffn_fusion.stages.bench import bench
 from ffn_fusion.stages.cost import cost
 from ffn_fusion.stages.entrants import cost_of

@@ -13,11 +13,11 @@ from transformers import DynamicCache, PreTrainedModel
 
 import ffn_fusion
 from ffn_fusion.errors import UserError
-from ffn_fusion.hf.decode import Compile, Decoder, DecodeStep
 from ffn_fusion.hf.model import ModelFolder
-from ffn_fusion.hf.ranks import run_ranks
-from ffn_fusion.hf.sublayers import AttentionStep, Cache, Rank
 from ffn_fusion.settings import Fusion
+from ffn_fusion.speed.decode import Compile, Decoder, DecodeStep
+from ffn_fusion.speed.ranks import run_ranks
+from ffn_fusion.speed.sublayers import AttentionStep, Cache, Rank
 from ffn_fusion.stages.fuse import fuse
 
 Parents = Callable[[str], Path]

@@ -9,9 +9,9 @@ from reference import one_line
 
 from ffn_fusion.core.ffn_records import COMPILED, PLAIN, TUNED, FfnResult, ffn_rows
 from ffn_fusion.folder import read_record
-from ffn_fusion.hf import ffn_race
-from ffn_fusion.hf.arena import Arena
-from ffn_fusion.hf.ffn_race import FfnOrder, ffns, plain
+from ffn_fusion.speed import ffn_race
+from ffn_fusion.speed.arena import Arena
+from ffn_fusion.speed.ffn_race import FfnOrder, ffns, plain
 from ffn_fusion.stages.ffn import ffn
 
 CALL: dict[str, Any] = {"hidden_size": 128, "width": 256, "number": 4, "group": 2, "repeats": 2, "dtype": "fp32"}

@@ -28,9 +28,9 @@ from ffn_fusion.healing.feeds import CachedFeed, LiveFeed, head_of, spans
 from ffn_fusion.healing.loop import Objective, Training
 from ffn_fusion.healing.ranks import joined
 from ffn_fusion.healing.sharded import Form, load
+from ffn_fusion.healing.teacher_cache import open_cache
 from ffn_fusion.hf.model import ModelFolder
 from ffn_fusion.hf.resolve import read_plan
-from ffn_fusion.hf.teacher_cache import open_cache
 from ffn_fusion.settings import Machine, Text
 from ffn_fusion.stages.evaluate import evaluate
 from ffn_fusion.stages.heal import heal

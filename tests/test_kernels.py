@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from ffn_fusion.hf.energy import energy_counter
-from ffn_fusion.hf.kernels import count_kernels
+from ffn_fusion.speed.energy import energy_counter
+from ffn_fusion.speed.kernels import count_kernels
 
 TYPES = {11: 0, 12: 1, 13: 0, 14: 2}
 """Nodes of a graph: two kernels, a copy and a fill."""

@@ -1,4 +1,4 @@
-"""The import rule: core <- hf <- tasks, serving, healing <- stages <- cli, stages apart (`run` excepted); no cycles."""
+"""The import rule: core <- hf <- tasks, healing, speed <- serving <- stages <- cli, stages apart; no cycles."""
 
 import ast
 from pathlib import Path
@@ -11,9 +11,10 @@ MAY_IMPORT = {
     "core": {"core", "errors"},
     "hf": {"hf", "core"} | FREE,
     "tasks": {"tasks", "hf", "core"} | FREE,
-    "serving": {"serving", "hf", "core"} | FREE,
+    "speed": {"speed", "hf", "core"} | FREE,
+    "serving": {"serving", "speed", "hf", "core"} | FREE,
     "healing": {"healing", "hf", "core"} | FREE,
-    "stages": {"healing", "tasks", "serving", "hf", "core"} | FREE,
+    "stages": {"healing", "speed", "tasks", "serving", "hf", "core"} | FREE,
     "cli": {"errors"},
     "__main__": {"cli"},
     "__init__": set(),

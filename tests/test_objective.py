@@ -21,11 +21,11 @@ from ffn_fusion.core.plan import Block, Plan
 from ffn_fusion.core.search_records import Objective, ScoreResult, SearchResult
 from ffn_fusion.core.space import Change
 from ffn_fusion.folder import RECORD, read_record
-from ffn_fusion.hf import timing
 from ffn_fusion.hf.meter import Meter
 from ffn_fusion.hf.model import ModelFolder
 from ffn_fusion.hf.text import read_windows
 from ffn_fusion.settings import Fusion, Machine, Tasks, Text
+from ffn_fusion.speed import timing
 from ffn_fusion.tasks.quiz import Quiz
 
 GOALS: list[Objective] = ["kl", "nll", "task"]

@@ -23,8 +23,8 @@ from ffn_fusion.core.plan import Plan
 from ffn_fusion.core.records import AnalyzeResult, EvalResult, FuseResult
 from ffn_fusion.core.search_records import SearchResult
 from ffn_fusion.folder import read_record
-from ffn_fusion.hf import timing
 from ffn_fusion.hf.model import ModelFolder
+from ffn_fusion.speed import timing
 
 SMALL = ["--length", "32", "--windows", "4", "--batch-size", "2"]
 PLAN = "A0F0 A1F1+2 -F3 A4F4 A5F5"

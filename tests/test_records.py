@@ -12,7 +12,7 @@ from conftest import CHAT_TEMPLATE, tiny_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from ffn_fusion.errors import UserError
-from ffn_fusion.hf.records import IGNORED, Answer, digest, read_examples, split
+from ffn_fusion.healing.examples import IGNORED, Answer, digest, read_examples, split
 
 USER, SAID = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}
 CHAT = [USER, SAID, {"role": "user", "content": "so?"}, {"role": "assistant", "content": "no"}]

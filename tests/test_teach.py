@@ -23,11 +23,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from ffn_fusion.core.teach_records import Answers, Form, TeachResult
 from ffn_fusion.core.topk import TopK, pack, top_k, unpack
 from ffn_fusion.folder import RECORD, read_record
-from ffn_fusion.hf import author, teacher_cache
-from ffn_fusion.hf.author import Author, repeats
+from ffn_fusion.healing import author, teacher_cache
+from ffn_fusion.healing.author import Author, repeats
+from ffn_fusion.healing.teacher_cache import SHARD, Cached, TeacherCache, ask, open_cache, write_shard
 from ffn_fusion.hf.model import ModelFolder
 from ffn_fusion.hf.probe import record
-from ffn_fusion.hf.teacher_cache import SHARD, Cached, TeacherCache, ask, open_cache, write_shard
 from ffn_fusion.hf.text import read_windows
 from ffn_fusion.settings import Machine, Text
 from ffn_fusion.settings_training import Writing
@@ -46,7 +46,7 @@ KILLED = f"""
 import os, signal
 from ffn_fusion import cli
 from ffn_fusion.folder import StageFolder
-from ffn_fusion.hf import teacher_cache
+from ffn_fusion.healing import teacher_cache
 
 save = StageFolder.save
 

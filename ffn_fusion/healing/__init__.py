@@ -1,1 +1,1 @@
-"""Training a student back to its parent: text, ranks, teacher, the loop, its guards."""
+"""Training students: distillation with its guards, the teacher's data, alignment; text, ranks, the loop."""

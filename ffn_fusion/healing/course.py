@@ -36,9 +36,9 @@ from ffn_fusion.healing.journal import Journal
 from ffn_fusion.healing.loop import Done, Objective, Training, evenly
 from ffn_fusion.healing.ranks import Ranks
 from ffn_fusion.healing.sharded import Form, Model, load, whole_weights
+from ffn_fusion.healing.tuned import write_card, write_tuned
 from ffn_fusion.hf.model import ModelFolder
 from ffn_fusion.hf.surgery import LAYER
-from ffn_fusion.hf.tuned import write_card, write_tuned
 from ffn_fusion.progress import track
 
 STUDENTS = "students"

@@ -14,8 +14,8 @@ from ffn_fusion.core.topk import TopK
 from ffn_fusion.errors import UserError
 from ffn_fusion.healing.corpus import Corpus
 from ffn_fusion.healing.sharded import Model, Pass
+from ffn_fusion.healing.teacher_cache import TeacherCache
 from ffn_fusion.hf.model import ModelFolder
-from ffn_fusion.hf.teacher_cache import TeacherCache
 
 HEAD = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"

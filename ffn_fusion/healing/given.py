@@ -10,8 +10,8 @@ from ffn_fusion.core.plan import Plan
 from ffn_fusion.healing.domains import Domain
 from ffn_fusion.healing.feeds import spans
 from ffn_fusion.healing.loop import Objective
+from ffn_fusion.healing.teacher_cache import TeacherCache
 from ffn_fusion.hf.model import ModelFolder
-from ffn_fusion.hf.teacher_cache import TeacherCache
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,11 @@ from ffn_fusion.core.bench_records import Lap, Site, Timed
 from ffn_fusion.core.cost import Cost
 from ffn_fusion.errors import UserError
 from ffn_fusion.hf.model import ModelFolder, copy_companions, student_config
-from ffn_fusion.hf.race import append_answer, copy_bandwidth, read_laps
 from ffn_fusion.progress import track
 from ffn_fusion.serving import gguf_file, probes
 from ffn_fusion.serving.engines import reason_in
 from ffn_fusion.serving.hf import check_engine
+from ffn_fusion.speed.race import append_answer, copy_bandwidth, read_laps
 
 GGUF = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 OVERHEAD, PER_TOKEN = 8e9, 200e3

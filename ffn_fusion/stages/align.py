@@ -19,19 +19,19 @@ from transformers import PreTrainedTokenizerBase
 from ffn_fusion.core.align_records import AlignResult, Course, Method, Records, Sums, scores
 from ffn_fusion.errors import UserError
 from ffn_fusion.folder import RECORD, Environment, Record, StageFolder, run_stage, state_of
-from ffn_fusion.hf.answers import log_probability
+from ffn_fusion.healing.answers import log_probability
+from ffn_fusion.healing.examples import Example, digest, read_examples, split
+from ffn_fusion.healing.tuned import write_card, write_tuned
 from ffn_fusion.hf.machine import device_map, pick_device, pick_dtype, where
 from ffn_fusion.hf.model import ModelFolder
 from ffn_fusion.hf.provenance import texts_behind
-from ffn_fusion.hf.records import Example, digest, read_examples, split
 from ffn_fusion.hf.resolve import load_tokenizer, resolve_model
-from ffn_fusion.hf.tuned import write_card, write_tuned
 from ffn_fusion.progress import track
 from ffn_fusion.settings import Machine, TwoOrMore
 from ffn_fusion.settings_training import Tuning
 
 if TYPE_CHECKING:
-    from ffn_fusion.hf.alignment import Trained
+    from ffn_fusion.healing.alignment import Trained
 
 LENGTH = 1024
 LEARNING_RATES = {"sft": (2e-5, 2e-4), "dpo": (1e-6, 1e-5)}
@@ -206,7 +206,7 @@ def _own_device(machine: Machine) -> Machine:
 
 def _alignment() -> ModuleType:
     try:
-        from ffn_fusion.hf import alignment  # an extra, and slow to import
+        from ffn_fusion.healing import alignment  # an extra, and slow to import
     except ImportError as error:
         raise UserError(f"align needs {error.name}: pip install 'ffn-fusion[align]'") from None
     return alignment

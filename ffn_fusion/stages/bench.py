@@ -14,13 +14,13 @@ from ffn_fusion.core.bench_records import BenchResult
 from ffn_fusion.core.laps import Split
 from ffn_fusion.errors import UserError
 from ffn_fusion.folder import Environment, Record, StageFolder, run_stage
-from ffn_fusion.hf.decode import Compile
 from ffn_fusion.hf.machine import DTYPES, pick_device, pick_dtype, where
-from ffn_fusion.hf.ranks import check_ranks
 from ffn_fusion.hf.resolve import labels, resolve_model
 from ffn_fusion.serving.engines import ENGINES
 from ffn_fusion.serving.parallel import check_tensor_parallel
 from ffn_fusion.settings import Above0, Machine, Positive
+from ffn_fusion.speed.decode import Compile
+from ffn_fusion.speed.ranks import check_ranks
 from ffn_fusion.stages.entrants import named, of_shape, read_shape
 from ffn_fusion.stages.timekeeper import ANSWER, IN_PROCESSES, Engine, Timekeeper
 

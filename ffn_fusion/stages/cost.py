@@ -14,14 +14,14 @@ from ffn_fusion.core.fusion import padded_width
 from ffn_fusion.core.plan import Block, Plan
 from ffn_fusion.errors import UserError
 from ffn_fusion.folder import Environment, Record, StageFolder, run_stage
-from ffn_fusion.hf.collectives import measure_communication
 from ffn_fusion.hf.machine import DTYPES, pick_device, pick_dtype, where
 from ffn_fusion.hf.model import ModelFolder
-from ffn_fusion.hf.ranks import check_ranks
 from ffn_fusion.hf.remote.configuration_ffn_fusion import WIDTH_MULTIPLE
 from ffn_fusion.hf.resolve import resolve_model
-from ffn_fusion.hf.stacks import Stack, facts_of, time_stacks
 from ffn_fusion.settings import Dtype, Machine, Positive
+from ffn_fusion.speed.collectives import measure_communication
+from ffn_fusion.speed.ranks import check_ranks
+from ffn_fusion.speed.stacks import Stack, facts_of, time_stacks
 
 WIDTHS = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4)
 """FFN widths that are timed, in widths of the parent's widest; the last are fused ones."""

@@ -17,8 +17,8 @@ from ffn_fusion.folder import read_record
 from ffn_fusion.hf.machine import where
 from ffn_fusion.hf.model import ModelFolder
 from ffn_fusion.hf.remote.configuration_ffn_fusion import WIDTH_MULTIPLE
-from ffn_fusion.hf.stacks import read_costs
 from ffn_fusion.settings import Limits, Machine
+from ffn_fusion.speed.stacks import read_costs
 
 
 @dataclass(frozen=True)

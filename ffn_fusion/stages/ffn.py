@@ -10,13 +10,13 @@ import cattrs
 from ffn_fusion.core.ffn_records import FfnResult, ffn_rows
 from ffn_fusion.errors import UserError
 from ffn_fusion.folder import Environment, Record, StageFolder, run_stage
-from ffn_fusion.hf.ffn_race import FfnOrder, FfnTimes, race_ffns
 from ffn_fusion.hf.machine import DTYPES, pick_device, where
-from ffn_fusion.hf.ranks import Ranks, check_ranks, run_ranks
-from ffn_fusion.hf.sublayers import Rank
 from ffn_fusion.settings import Above0, Machine, Positive
+from ffn_fusion.speed.ffn_race import FfnOrder, FfnTimes, race_ffns
+from ffn_fusion.speed.ranks import Ranks, check_ranks, run_ranks
+from ffn_fusion.speed.sublayers import Rank
 
-RANK = "ffn_fusion.hf.ffn_race"
+RANK = "ffn_fusion.speed.ffn_race"
 
 
 def ffn(

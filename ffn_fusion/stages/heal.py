@@ -20,12 +20,12 @@ from ffn_fusion.healing.domains import read_domains
 from ffn_fusion.healing.feeds import check_cache
 from ffn_fusion.healing.given import Habits, Material, Pair
 from ffn_fusion.healing.ranks import Ranks, joined
+from ffn_fusion.healing.teacher_cache import open_cache
 from ffn_fusion.hf.checkpoint import fingerprint
 from ffn_fusion.hf.machine import pick_device, pick_dtype, where
 from ffn_fusion.hf.model import PLAN_FILE, ModelFolder
 from ffn_fusion.hf.provenance import texts_behind
 from ffn_fusion.hf.resolve import load_tokenizer, resolve_model
-from ffn_fusion.hf.teacher_cache import open_cache
 from ffn_fusion.settings import Above0, Machine, NotNegative, Positive, TwoOrMore
 
 RECIPES = files("ffn_fusion.healing") / "recipes"

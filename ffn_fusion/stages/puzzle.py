@@ -27,9 +27,9 @@ from ffn_fusion.hf.machine import pick_device
 from ffn_fusion.hf.meter import Meter
 from ffn_fusion.hf.model import ModelFolder
 from ffn_fusion.hf.remote.configuration_ffn_fusion import WIDTH_MULTIPLE
-from ffn_fusion.hf.stacks import Stack, time_stacks
 from ffn_fusion.progress import track
 from ffn_fusion.settings import Machine, Method
+from ffn_fusion.speed.stacks import Stack, time_stacks
 from ffn_fusion.stages.evidence import Evidence
 
 PLANS = "plans"

@@ -15,12 +15,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ffn_fusion.core.teach_records import Answers, Form, TeachResult, Written
 from ffn_fusion.errors import UserError
 from ffn_fusion.folder import Environment, Record, StageFolder, run_stage
-from ffn_fusion.hf.author import Author, Document
+from ffn_fusion.healing.author import Author, Document
+from ffn_fusion.healing.teacher_cache import SHARD, ask, tokenizer_key, windows_per_shard, write_shard
 from ffn_fusion.hf.library import parent_key
 from ffn_fusion.hf.machine import device_map, pick_dtype, where
 from ffn_fusion.hf.model import ModelFolder
 from ffn_fusion.hf.resolve import load_tokenizer, resolve_model
-from ffn_fusion.hf.teacher_cache import SHARD, ask, tokenizer_key, windows_per_shard, write_shard
 from ffn_fusion.hf.text import Windows, read_windows
 from ffn_fusion.progress import track
 from ffn_fusion.settings import Above0, Machine, NotNegative, Positive, Text

@@ -11,16 +11,16 @@ from ffn_fusion.core.bench_records import BenchResult
 from ffn_fusion.core.cost import Cost
 from ffn_fusion.core.laps import Split, Subject, failures_of, models_of, rows_of
 from ffn_fusion.errors import UserError
-from ffn_fusion.hf.decode import Compile
 from ffn_fusion.hf.machine import device_map, pick_device
-from ffn_fusion.hf.race import Race, race, read_laps
-from ffn_fusion.hf.ranks import Ranks, run_ranks
-from ffn_fusion.hf.sublayers import Rank
 from ffn_fusion.serving.latency import Contest, hold_contest
 from ffn_fusion.settings import Machine
+from ffn_fusion.speed.decode import Compile
+from ffn_fusion.speed.race import Race, race, read_laps
+from ffn_fusion.speed.ranks import Ranks, run_ranks
+from ffn_fusion.speed.sublayers import Rank
 from ffn_fusion.stages.entrants import Entrant, cost_of
 
-RACE = "ffn_fusion.hf.race"
+RACE = "ffn_fusion.speed.race"
 ANSWER = "laps.jsonl"
 IN_PROCESSES = ("vllm", "llama.cpp")
 """Engines that run in processes of their own."""

@@ -1,6 +1,6 @@
 """Times FFNs in sequence and fused, plain and compiled, on random numbers: what `ffn` does, one rank or all.
 
-`race_ffns` is run in this process, or as `python -m ffn_fusion.hf.ffn_race ORDER` once a rank, which prints the result.
+`race_ffns` runs in this process, or as `python -m ffn_fusion.speed.ffn_race ORDER` once a rank, which prints the result.
 """
 
 import json
@@ -17,14 +17,14 @@ from torch import Tensor
 from ffn_fusion.core.ffn_records import COMPILED, PLAIN, TUNED, Way
 from ffn_fusion.errors import UserError
 from ffn_fusion.hf.arch import ARCHS
-from ffn_fusion.hf.arena import Arena, aligned, available
-from ffn_fusion.hf.decode import compiled
 from ffn_fusion.hf.machine import DTYPES
-from ffn_fusion.hf.race import copy_bandwidth
-from ffn_fusion.hf.ranks import Ranks, joined
-from ffn_fusion.hf.sublayers import FfnStep, Rank
-from ffn_fusion.hf.timing import Flush, Repeated, elapsed_ms
 from ffn_fusion.progress import track
+from ffn_fusion.speed.arena import Arena, aligned, available
+from ffn_fusion.speed.decode import compiled
+from ffn_fusion.speed.race import copy_bandwidth
+from ffn_fusion.speed.ranks import Ranks, joined
+from ffn_fusion.speed.sublayers import FfnStep, Rank
+from ffn_fusion.speed.timing import Flush, Repeated, elapsed_ms
 
 CALLS = 3
 """In a row, timed together."""

@@ -9,9 +9,9 @@ import json
 import torch
 
 from ffn_fusion.core.cost_table import Communication, Measured, Scenario, Timing
-from ffn_fusion.hf.ranks import check_ranks, run_ranks
+from ffn_fusion.speed.ranks import check_ranks, run_ranks
 
-RANK = "ffn_fusion.hf.collective_rank"
+RANK = "ffn_fusion.speed.collective_rank"
 TIMEOUT = 600
 
 

@@ -1,4 +1,4 @@
-"""One rank of `collectives`: `python -m ffn_fusion.hf.collective_rank ORDER`; rank 0 prints the times as JSON."""
+"""One rank of `collectives`: `python -m ffn_fusion.speed.collective_rank ORDER`; rank 0 prints the times as JSON."""
 
 import json
 import sys
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ffn_fusion.hf.ranks import joined
+from ffn_fusion.speed.ranks import joined
 
 REPEATS = 20
 CHAIN = 20

@@ -1,4 +1,4 @@
-"""Sublayers made for speed, out of those of one of our models: what `hf/decode.py` runs one after the other.
+"""Sublayers made for speed, out of those of one of our models: what `speed/decode.py` runs one after the other.
 
 Each adds the update that the one before it left to the stream, normalises, and ends where tensor parallelism sums over
 its ranks, so that addition and norm are one kernel once compiled. Weights on one input are one matrix.

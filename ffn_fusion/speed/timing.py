@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from ffn_fusion.hf.arena import aligned
 from ffn_fusion.progress import track
+from ffn_fusion.speed.arena import aligned
 
 WARMUP = 3
 FLUSHED = {"cpu": 2**27, "cuda": 2**29}

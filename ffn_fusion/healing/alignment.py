@@ -21,8 +21,8 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from ffn_fusion.core.align_records import Course, StepLoss
 from ffn_fusion.errors import UserError
+from ffn_fusion.healing.examples import IGNORED, Example
 from ffn_fusion.hf.model import quiet_transformers
-from ffn_fusion.hf.records import IGNORED, Example
 from ffn_fusion.progress import track
 
 WARM_UP = 0.05

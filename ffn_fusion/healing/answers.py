@@ -4,7 +4,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ffn_fusion.core.losses import nll
-from ffn_fusion.hf.records import IGNORED, Answer
+from ffn_fusion.healing.examples import IGNORED, Answer
 
 
 @torch.no_grad()

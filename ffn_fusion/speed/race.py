@@ -1,6 +1,6 @@
 """Times several models, interleaved, in our own forward pass or in transformers': what `bench --engine torch` does.
 
-`race` is run in this process, or as `python -m ffn_fusion.hf.race ORDER` once a rank. Laps are written as they are
+`race` is run in this process, or as `python -m ffn_fusion.speed.race ORDER` once a rank. Laps are written as they are
 made, so that those before a failure stay, and those that are there are not run again.
 """
 
@@ -19,15 +19,15 @@ from transformers import PreTrainedModel
 
 from ffn_fusion.core.bench_records import Lap, Site, Timed
 from ffn_fusion.core.cost_table import Scenario
-from ffn_fusion.hf.arena import Arena, aligned, available
-from ffn_fusion.hf.decode import Compile, Decoder, DecodeStep
-from ffn_fusion.hf.energy import energy_counter
-from ffn_fusion.hf.kernels import count_kernels
 from ffn_fusion.hf.model import ModelFolder, skeleton
-from ffn_fusion.hf.ranks import Ranks, joined
-from ffn_fusion.hf.sublayers import Rank, Settle
-from ffn_fusion.hf.timing import Flush, Repeated, Step, Take, cache_values, elapsed_ms
 from ffn_fusion.progress import track
+from ffn_fusion.speed.arena import Arena, aligned, available
+from ffn_fusion.speed.decode import Compile, Decoder, DecodeStep
+from ffn_fusion.speed.energy import energy_counter
+from ffn_fusion.speed.kernels import count_kernels
+from ffn_fusion.speed.ranks import Ranks, joined
+from ffn_fusion.speed.sublayers import Rank, Settle
+from ffn_fusion.speed.timing import Flush, Repeated, Step, Take, cache_values, elapsed_ms
 
 COPIED = {"cpu": 2**28, "cuda": 2**30}
 """Bytes of the copy that bandwidth is measured by."""

@@ -17,10 +17,10 @@ from torch.nn.functional import embedding
 from transformers import DynamicCache, PreTrainedModel
 
 from ffn_fusion.hf.arch import arch_of
-from ffn_fusion.hf.arena import aligned
 from ffn_fusion.hf.remote.modeling_ffn_fusion import LinearAttention, LinearFfn
-from ffn_fusion.hf.sublayers import AttentionStep, Cache, FfnStep, HeadStep, LinearStep, Rank, Settle
-from ffn_fusion.hf.timing import Repeated, Take
+from ffn_fusion.speed.arena import aligned
+from ffn_fusion.speed.sublayers import AttentionStep, Cache, FfnStep, HeadStep, LinearStep, Rank, Settle
+from ffn_fusion.speed.timing import Repeated, Take
 
 Compile = Literal["off", "on", "tuned"]
 """Of a decode step: not at all; by inductor; and with one-row products as kernels of its own, tuned for this device."""

@@ -19,10 +19,10 @@ from ffn_fusion.core.cost_table import CostTable, ModelFacts, check_table
 from ffn_fusion.errors import UserError
 from ffn_fusion.folder import read_record
 from ffn_fusion.hf.arch import ATTENTION, FFN
-from ffn_fusion.hf.arena import Arena, aligned
 from ffn_fusion.hf.model import ModelFolder, materialise, restore_buffers, skeleton
-from ffn_fusion.hf.timing import Step, cache_values, interleaved
 from ffn_fusion.progress import track
+from ffn_fusion.speed.arena import Arena, aligned
+from ffn_fusion.speed.timing import Step, cache_values, interleaved
 
 
 class LinearSlice(nn.Module):

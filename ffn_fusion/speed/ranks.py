@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ffn_fusion.errors import UserError
-from ffn_fusion.hf.sublayers import Rank
+from ffn_fusion.speed.sublayers import Rank
 
 
 def check_ranks(ranks: int, device: torch.device) -> None:

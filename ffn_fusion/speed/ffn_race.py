@@ -1,6 +1,6 @@
 """Times FFNs in sequence and fused, plain and compiled, on random numbers: what `ffn` does, one rank or all.
 
-`race_ffns` runs in this process, or as `python -m ffn_fusion.speed.ffn_race ORDER` once a rank, which prints the result.
+`race_ffns` runs in this process, or as `python -m ffn_fusion.speed.ffn_race ORDER` once a rank, which prints it.
 """
 
 import json

@@ -16,9 +16,9 @@ from texts import write_text
 from ffn_fusion.core.plan import Plan
 from ffn_fusion.core.search_records import Candidate, SearchResult
 from ffn_fusion.folder import read_record
-from ffn_fusion.hf import timing
 from ffn_fusion.hf.meter import Meter
 from ffn_fusion.settings import Method
+from ffn_fusion.speed import timing
 from ffn_fusion.stages.puzzle import SLACK
 
 SMALL = ["--length", 24, "--windows", 3, "--batch-size", 2, "--fit-windows", 8]

@@ -1,5 +1,6 @@
 """A recipe from its first step to its last: stages in a row, check-ups between them, always ready to be killed."""
 
+import gc
 import shutil
 import time
 from collections import deque
@@ -90,6 +91,8 @@ class Course:
                 self._stage(number, self.recipe.stages[number])
 
     def _stage(self, number: int, stage: TrainingStage) -> None:
+        # The model of the stage before holds itself in cycles.
+        gc.collect()
         progress, habits = self.progress, self.habits
         moving = self.pair.changed(stage)
         objective = self.pair.objective(stage, habits.compiled)

@@ -14,7 +14,8 @@ from ffn_fusion.core.convex import Matrix, equal_share, tightened
 from ffn_fusion.core.local import polished
 from ffn_fusion.core.problem import Choice, Problem, evaluate
 from ffn_fusion.core.program import Program, columns_of
-from ffn_fusion.core.solve import solve
+from ffn_fusion.core.solve import Solution, solve
+from ffn_fusion.errors import UserError
 
 PARTS = [[0, 1, 2], [3], [4, 5, 6, 7], [8, 9]]
 
@@ -112,7 +113,15 @@ def test_thirty_layers_of_which_all_interact_are_solved_to_a_small_gap() -> None
 
 
 def test_what_is_not_proven_in_time_says_so() -> None:
-    found = solve(large(20, interactions=True), seconds=2, gap=1e-9)
+    def found_within(seconds: float) -> Solution | None:
+        try:
+            return solve(large(20, interactions=True), seconds=seconds, gap=1e-9)
+        except UserError:
+            return None
+
+    # A busy machine may find nothing in so short a time.
+    found = found_within(2) or found_within(10) or found_within(50)
+    assert found is not None
     assert found.status == "time limit"
     # On a busy machine there may not even be a bound yet.
     assert found.gap > 1e-9

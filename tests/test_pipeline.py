@@ -205,7 +205,7 @@ def test_ctrl_c_is_one_line_and_status_130(
     tiny_parent: Callable[[str], Path], texts: tuple[Path, Path], tmp_path: Path
 ) -> None:
     command = [sys.executable, "-m", "ffn_fusion", "analyze", str(tiny_parent("llama")), "--out", tmp_path / "a"]
-    command += ["--text", texts[0], "--length", "64", "--windows", "20", "--batch-size", "1"]
+    command += ["--text", texts[0], "--length", "16", "--windows", "160", "--batch-size", "1"]
     process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
     while not (tmp_path / ".a.partial" / "state" / "sums.json").exists():
         time.sleep(0.002)

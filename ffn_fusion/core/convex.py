@@ -24,7 +24,7 @@ def equal_share(gram: Matrix, parts: list[list[int]]) -> Matrix:
     """
     root = _roots(gram, parts)
     share = float(np.linalg.eigvalsh(_whitened(gram, root))[0]) - RIDGE
-    return np.asarray(share * root @ root.T)
+    return _lowered(gram, np.asarray(share * root @ root.T))
 
 
 def tightened(gram: Matrix, parts: list[list[int]], gains: Matrix) -> Matrix:
@@ -44,7 +44,19 @@ def tightened(gram: Matrix, parts: list[list[int]], gains: Matrix) -> Matrix:
     for barrier in BARRIER:
         for _ in range(STEPS):
             blocks = _newton(white, blocks, wanted, mask, barrier * unit)
-    return root @ blocks @ root.T
+    return _lowered(gram, root @ blocks @ root.T)
+
+
+def _lowered(gram: Matrix, blocks: Matrix) -> Matrix:
+    """The blocks, less what rounding put into them that the form does not have: a nearly singular part has a root that
+    whitens badly."""
+    rest = gram - blocks
+    eye = np.eye(len(gram))
+    try:
+        np.linalg.cholesky(rest + RIDGE * float(np.abs(gram).max() or 1.0) * eye)
+    except np.linalg.LinAlgError:
+        return blocks + min(0.0, float(np.linalg.eigvalsh(rest)[0])) * eye
+    return blocks
 
 
 def _newton(white: Matrix, blocks: Matrix, wanted: Matrix, mask: NDArray[np.bool_], barrier: float) -> Matrix:

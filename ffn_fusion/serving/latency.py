@@ -268,9 +268,19 @@ def _lap(contest: Contest, scenario: tuple[int, int], engines: dict[int, Process
 def _finished(contest: Contest, scenario: tuple[int, int], columns: Sequence[_Column], note: str) -> Lap:
     eager = contest.engine == "vllm" and contest.device.type == "cpu"
     how = "; ".join(filter(None, ("eager" if eager else "as it is", note)))
-    timed: list[Timed | None] = []
-    for column in columns:
-        whole = len(column.times) == contest.repeats
-        timed.append(Timed([p for p, _ in column.times], [d for _, d in column.times], how) if whole else None)
-    missing = [column.reason or f"{contest.engine} had ended before" for column in columns]
-    return Lap(*scenario, timed, ["" if one else reason for one, reason in zip(timed, missing, strict=True)])
+    reasons = [_reason(contest, column) for column in columns]
+    timed = [
+        None if reason else Timed([p for p, _ in column.times], [d for _, d in column.times], how)
+        for column, reason in zip(columns, reasons, strict=True)
+    ]
+    return Lap(*scenario, timed, reasons)
+
+
+def _reason(contest: Contest, column: _Column) -> str:
+    """Why a model has no times in a scenario; empty if it has."""
+    if len(column.times) < contest.repeats:
+        return column.reason or f"{contest.engine} had ended before"
+    # A decode step is what a generation takes beyond its first token, so on a busy machine it can come out negative.
+    if min(decode for _, decode in column.times) <= 0:
+        return f"{contest.new_tokens} tokens took no longer than the prompt: too short to tell; raise --new-tokens"
+    return ""

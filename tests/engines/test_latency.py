@@ -11,7 +11,7 @@ from ffn_fusion.settings import Fusion, Machine
 from ffn_fusion.stages.bench import bench
 from ffn_fusion.stages.fuse import fuse
 
-CALL: dict[str, Any] = {"prompt_lengths": (16,), "new_tokens": 4, "repeats": 2, "timeout": 600, "untested": True}
+CALL: dict[str, Any] = {"prompt_lengths": (16,), "new_tokens": 64, "repeats": 2, "timeout": 600, "untested": True}
 SIZES = {"hidden_size": 256, "intermediate_size": 512}
 CONFIG = SIZES | {
     "model_type": "llama",

@@ -1,6 +1,7 @@
 """Costs: counts against student folders, sums against a clock that counts, and the cache that steps are timed on."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import FAMILIES, NUM_LAYERS, STUDENT_PLAN, save_tiny_parent
+from reference import one_line
 from transformers import DynamicCache
 
 from ffn_fusion import cli
@@ -39,6 +41,7 @@ from ffn_fusion.speed.timing import Step
 from ffn_fusion.stages.bench import bench
 from ffn_fusion.stages.cost import cost
 from ffn_fusion.stages.entrants import cost_of
+from ffn_fusion.stages.plan import plan
 
 Parents = Callable[[str], Path]
 CPU = torch.device("cpu")
@@ -230,6 +233,31 @@ def test_sums_predict_whole_models(
     parent = ModelFolder(tiny_parent(family))
     assert read_costs(tmp_path / "cost", parent, result.table.device, "float32") == (result.table, "")
     assert read_costs(tmp_path / "cost", parent, "a GPU", "float32", force=True)[1].startswith("costs of device CPU")
+
+
+def test_a_plan_is_priced_by_costs_of_anywhere(
+    tiny_parent: Parents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timing, "elapsed_ms", values)
+    parent, costs = tiny_parent("llama"), tmp_path / "cost"
+    result = cost(str(parent), out=costs, repeats=2, prompt_length=8, new_tokens=4).result
+    removed = next(row for row in result.check if row.name == "every other attention removed")
+    record = json.loads((costs / "record.json").read_text())
+    record["result"]["table"]["device"] = "a GPU far away"
+    (costs / "record.json").write_text(json.dumps(record))
+    (tmp_path / "shape").mkdir()
+    shutil.copy(parent / "config.json", tmp_path / "shape")
+    said = plan(removed.plan, parent=str(tmp_path / "shape"), costs=costs).splitlines()
+    whole = result.check[0].predicted_decode_ms
+    assert said[2] == "by the costs of a GPU far away, float32, batch 1, 8 + 4 tokens"
+    share = f"{removed.predicted_decode_ms / whole:.3f}x"
+    assert said[3] == f"decode step {removed.predicted_decode_ms:,.4g} ms, the parent {whole:,.4g}: {share}"
+    assert said[6].endswith(f"{(NUM_LAYERS + 1) // 2 / NUM_LAYERS:.3f}x")
+    assert "estimated" not in said[-1]
+    wide = plan(f"A0F{'+'.join(map(str, range(NUM_LAYERS)))}", parent=str(parent), costs=costs).splitlines()
+    assert wide[-1].startswith("estimated, not measured:")
+    one_line(lambda: plan(removed.plan, costs=costs), "--costs needs the parent")
+    one_line(lambda: plan(removed.plan, parent=str(tiny_parent("qwen2")), costs=costs), "model of other shape")
 
 
 def test_more_ranks_than_kv_heads_hold_one_each(tiny_parent: Parents) -> None:

@@ -225,6 +225,19 @@ def test_puzzletron_and_nemotron_keys_say_the_same() -> None:
     assert Layout.of(entries) == layout
 
 
+def test_what_puzzletron_found_for_an_8b_model_is_a_plan_that_fuses() -> None:
+    """At 78,000 MiB: attention removed in 17 to 28 of Llama-3.1-8B, FFNs untouched (its README)."""
+    blocks = [(0 if 17 <= layer <= 28 else 8, 14_336) for layer in range(32)]
+    sizes = {"hidden_size": 4_096, "num_attention_heads": 32, "vocab_size": 128_256, "tie_word_embeddings": False}
+    layout = Layout.of(puzzletron(*blocks, **sizes))
+    assert layout.num_parameters / 1e9 == pytest.approx(7.527, abs=5e-4)
+    plan = layout.plan(32)
+    assert plan == Plan.identity(32).without_attention(range(17, 29))
+    assert plan.runs() == [tuple(range(16, 29))]
+    fused = plan.fuse(range(17, 23)).fuse(range(23, 28))
+    assert (fused.num_sublayers, len(fused.blocks)) == (43, 23)
+
+
 @pytest.mark.parametrize("multiplier", [0.25, 1.0, 2.625, 4.0, 5.25, 36.5625, 0.001])
 @pytest.mark.parametrize("hidden_size", [64, 576, 8_192, 16_384])
 def test_widths_follow_the_rule_of_the_shipped_configuration(multiplier: float, hidden_size: int) -> None:

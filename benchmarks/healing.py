@@ -1,14 +1,17 @@
-"""Tokens a second and peak memory of `heal`'s loop against a plain one, on the same pair, batch and device.
+"""Tokens a second and peak memory of `heal`'s loop against others, on the same pair, batch and device.
 
 python3 benchmarks/healing.py PARENT STUDENT [--windows 16] [--length 1024] [--steps 10] [--batch-size 16]
 
 The plain loop is what one would write first: both models from transformers, float32 weights under bf16 autocast, whole
-logits in float32, `kl_div`, AdamW. Rounds of both take turns, so that drift of the machine hits both alike.
+logits in float32, `kl_div`, AdamW. Where TRL is installed its GKD trainer runs too, on given text (lmbda 0) with the
+forward KL (beta 0). Rounds of all take turns, so that drift of the machine hits all alike.
 """
 
 import argparse
 import gc
+import importlib.util
 import json
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +20,7 @@ from statistics import median
 import numpy as np
 import torch
 from torch.nn.functional import kl_div
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainerCallback
 
 from ffn_fusion.core.curriculum import TrainingStage
 from ffn_fusion.core.distill import Losses
@@ -31,9 +34,11 @@ from ffn_fusion.hf.resolve import read_plan, resolve_model
 from ffn_fusion.settings import Machine
 
 WARM_UP, ROUNDS = 3, 5
+Loop = Callable[[int], float]
+"""Makes so many optimizer steps and returns the seconds that one took."""
 
 
-def ours(arguments: argparse.Namespace, ids: np.ndarray, compiled: bool) -> Callable[[], None]:
+def ours(arguments: argparse.Namespace, ids: np.ndarray, compiled: bool) -> Loop:
     parent, student = resolve_model(arguments.parent), resolve_model(arguments.student)
     losses = Losses(kl=1.0)
     objective = Objective(losses, spans(read_plan(str(student.folder / PLAN_FILE), parent)), None, compiled)
@@ -45,14 +50,21 @@ def ours(arguments: argparse.Namespace, ids: np.ndarray, compiled: bool) -> Call
     corpus = Corpus(ids, np.arange(len(ids)), [])
     feed = LiveFeed(corpus, losses, objective.asked, teacher, head, arguments.ranks.device)
     training = Training(pupil, stage, objective, feed, arguments.ranks, arguments.batch_size)
-    return lambda: next(iter(training.run(0, [1]))) and None
+    return timed(lambda: next(iter(training.run(0, [1]))), arguments.ranks.device)
 
 
-def plain(arguments: argparse.Namespace, ids: np.ndarray, _: bool) -> Callable[[], None]:
+def pair(arguments: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Teacher and pupil as transformers has them."""
     device = arguments.ranks.device
     parent, student = (str(resolve_model(name).folder) for name in (arguments.parent, arguments.student))
     teacher = AutoModelForCausalLM.from_pretrained(parent, dtype=torch.bfloat16).to(device)
     pupil = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32, trust_remote_code=True).to(device)
+    return teacher, pupil
+
+
+def plain(arguments: argparse.Namespace, ids: np.ndarray, _: bool) -> Loop:
+    device = arguments.ranks.device
+    teacher, pupil = pair(arguments)
     optimizer = torch.optim.AdamW(pupil.parameters(), lr=1e-5)
     batches = torch.from_numpy(ids.astype(np.int64)).split(arguments.batch_size)
 
@@ -69,17 +81,72 @@ def plain(arguments: argparse.Namespace, ids: np.ndarray, _: bool) -> Callable[[
         optimizer.step()
         optimizer.zero_grad()
 
-    return step
+    return timed(step, device)
 
 
-def timed(step: Callable[[], None], steps: int, device: torch.device) -> float:
-    """Seconds a step."""
-    start = time.perf_counter()
-    for _ in range(steps):
-        step()
+def gkd(arguments: argparse.Namespace, ids: np.ndarray, _: bool) -> Loop:
+    from datasets import Dataset
+    from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+    device = arguments.ranks.device
+    teacher, pupil = pair(arguments)
+    moments: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_: object, **__: object) -> None:
+            synchronize(device)
+            moments.append(time.perf_counter())
+
+    def batch(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        read = torch.tensor([row["input_ids"] for row in rows])
+        return {"input_ids": read, "attention_mask": torch.ones_like(read), "labels": read}
+
+    size = min(arguments.batch_size, arguments.windows)
+    config = GKDConfig(
+        tempfile.mkdtemp(),
+        per_device_train_batch_size=size,
+        gradient_accumulation_steps=arguments.windows // size,
+        max_steps=1,
+        learning_rate=1e-5,
+        bf16=True,
+        lmbda=0.0,
+        beta=0.0,
+        gradient_checkpointing=False,
+        use_cpu=device.type == "cpu",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model(arguments.parent).folder)
+    text = Dataset.from_dict({"input_ids": ids.astype(np.int64).tolist()})
+    trainer = GKDTrainer(
+        pupil, teacher, config, data_collator=batch, train_dataset=text, processing_class=tokenizer, callbacks=[Clock()]
+    )
+
+    def run(steps: int) -> float:
+        # Its own loop, from the end of the first step, in which it sets itself up.
+        trainer.args.max_steps = steps + 1
+        moments.clear()
+        trainer.train()
+        return (moments[-1] - moments[0]) / steps
+
+    return run
+
+
+def timed(step: Callable[[], object], device: torch.device) -> Loop:
+    def run(steps: int) -> float:
+        start = time.perf_counter()
+        for _ in range(steps):
+            step()
+        synchronize(device)
+        return (time.perf_counter() - start) / steps
+
+    return run
+
+
+def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return (time.perf_counter() - start) / steps
 
 
 def main() -> None:
@@ -97,6 +164,7 @@ def main() -> None:
         on_gpu = ranks.device.type == "cuda"
         makers = {"plain": (plain, False), "heal, eager": (ours, False)}
         makers |= {"heal, compiled": (ours, True)} if on_gpu else {}
+        makers |= {"TRL GKD": (gkd, False)} if importlib.util.find_spec("trl") else {}
         times: dict[str, list[float]] = {name: [] for name in makers}
         memory: dict[str, float | None] = {}
         for name, (make, compiled) in makers.items():
@@ -105,17 +173,16 @@ def main() -> None:
             if on_gpu:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
-            step = make(arguments, ids, compiled)
-            for _ in range(WARM_UP):
-                step()
+            loop = make(arguments, ids, compiled)
+            loop(WARM_UP)
             memory[name] = torch.cuda.max_memory_allocated() / 1e9 if on_gpu else None
-            del step
-        steps = {name: make(arguments, ids, compiled) for name, (make, compiled) in makers.items()}
-        for step in steps.values():
-            step()
+            del loop
+        loops = {name: make(arguments, ids, compiled) for name, (make, compiled) in makers.items()}
+        for loop in loops.values():
+            loop(1)
         for _ in range(ROUNDS):
-            for name, step in steps.items():
-                times[name].append(timed(step, arguments.steps, ranks.device))
+            for name, loop in loops.items():
+                times[name].append(loop(arguments.steps))
         tokens = arguments.windows * arguments.length
         rows = [
             {

@@ -3,11 +3,8 @@
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
 
 import torch
-from cyclopts import Parameter
-from cyclopts.validators import Number
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -25,7 +22,7 @@ from ffn_fusion.hf.surgery import Norm
 from ffn_fusion.hf.text import read_windows
 from ffn_fusion.hf.walk import ParentWalk
 from ffn_fusion.progress import track
-from ffn_fusion.settings import Blocks, Machine, NotNegative, Positive, Text, TwoOrMore
+from ffn_fusion.settings import Above0, Blocks, Machine, NotNegative, Positive, Text, TwoOrMore
 
 UNITS = "units.json"
 BLOCKS = "blocks"
@@ -41,7 +38,7 @@ def bld(
     channel_steps: Positive = 1,
     windows: TwoOrMore = 128,
     epochs: NotNegative = 2,
-    learning_rate: Annotated[float, Parameter(validator=Number(gt=0))] = 1e-2,
+    learning_rate: Above0 = 1e-2,
     text: Text = Text(),  # noqa: B008
     machine: Machine = Machine(),  # noqa: B008
 ) -> Record[BldResult]:

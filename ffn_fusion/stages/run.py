@@ -171,11 +171,10 @@ def run(
     # The text for all of them: channels are chosen by it where the plan cuts FFNs.
     build = partial(fuse, model, fit_windows=fit_windows, text=LongText(**asdict(text)), machine=machine)
     if bld_epochs and best != parent.plan:
-        start_from, library = library, out / "library"
         bld(
             model,
-            out=library,
-            library=start_from,
+            out=out / "library",
+            library=library,
             blocks=Blocks(plan=str(best)),
             norm=fusion.norm,
             channel_steps=fusion.channel_steps,
@@ -184,6 +183,7 @@ def run(
             text=text,
             machine=machine,
         )
+        library = out / "library"
     build(plan=str(best), out=student, library=library, fusion=fusion)
     students = [student]
     if steps:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ffn_fusion.core import baselines
-from ffn_fusion.core.budget import STRENGTH, Scores, Uses, Variants
+from ffn_fusion.core.budget import STRENGTH, Uses, Variants
 from ffn_fusion.core.cost import shapes_of
 from ffn_fusion.core.cost_table import CostTable, Measured
 from ffn_fusion.core.plan import Plan
@@ -174,8 +174,11 @@ class _Search:
     @property
     def _strength(self) -> float:
         """Of interactions, before anything is measured: those of the logits say nothing about answers to questions."""
-        counted = self.rule.interactions and self.evidence.objective != "task"
-        return STRENGTH[self.meter.calibrates] if counted else 0.0
+        return 0.0 if self.evidence.objective == "task" else self._kl_strength
+
+    @property
+    def _kl_strength(self) -> float:
+        return STRENGTH[self.meter.calibrates] if self.rule.interactions else 0.0
 
     @cached_property
     def _variants(self) -> Variants:
@@ -183,14 +186,13 @@ class _Search:
 
     @cached_property
     def _goal(self) -> _Forecast:
-        return self._forecast(self.evidence.scores)
+        return self._forecast(self._variants)
 
     @cached_property
     def _kl(self) -> _Forecast:
-        return self._forecast(self.evidence.kl)
+        return self._forecast(Variants(self.meter.parent.plan, self.evidence.kl))
 
-    def _forecast(self, scores: Scores) -> _Forecast:
-        variants = Variants(self.meter.parent.plan, scores)
+    def _forecast(self, variants: Variants) -> _Forecast:
         return _Forecast(self._choice(variants, {}, 0.0), self._choice(variants, {}, 1.0))
 
     def _choice(self, variants: Variants, limits: Uses, strength: float) -> Problem:
@@ -260,7 +262,7 @@ class _Search:
         kl, kl_interactions = self._kl.of(found.choice)
         lesson = Lesson(made, additive, interactions, rises.by(self.evidence.objective).mean)
         predicted = additive + self._strength * interactions
-        predicted_kl = kl + (STRENGTH[self.meter.calibrates] if self.rule.interactions else 0.0) * kl_interactions
+        predicted_kl = kl + self._kl_strength * kl_interactions
         self.tried.append(Tried(found, origin, target, predicted, predicted_kl, lesson, rises))
 
     def _keeps(self, tried: Tried, limits: Uses) -> bool:

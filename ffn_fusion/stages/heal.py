@@ -99,7 +99,7 @@ def heal(
         Keep no activations within blocks but compute them again: less memory, a third more work.
     """
     source, target = resolve_model(parent), resolve_model(student)
-    recipe = _recipe(stages).scaled(scale, length)
+    recipe = read_recipe(stages).scaled(scale, length)
     if text:
         recipe = recipe.reading([_source(each, column) for each in text])
     if domain:
@@ -184,7 +184,7 @@ def _together(ranks: Ranks, out: Path, inputs: dict[str, Any], work: Any) -> Rec
             ranks.tell("")
 
 
-def _recipe(name: str) -> Curriculum:
+def read_recipe(name: str) -> Curriculum:
     """A shipped recipe, or one in a file; `UserError` says what in it is wrong."""
     shipped = sorted(path.name.removesuffix(".yaml") for path in RECIPES.iterdir() if path.name.endswith(".yaml"))
     if name not in shipped and not Path(name).is_file():

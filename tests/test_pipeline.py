@@ -426,6 +426,7 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing(
     short.write_text("too short")
     places = {"parent": tiny_parent("llama"), "out": tmp_path / "out", "empty": empty, "short": short}
     before = {path.name: path.stat().st_mtime_ns for path in tiny_parent("llama").iterdir()}
+    capsys.readouterr()  # of making the parent
     assert call(*[argument.format(**places) for argument in arguments]) == 2
     err = capsys.readouterr().err.strip()
     assert says.lower() in err.lower()

@@ -6,7 +6,7 @@ scores, the solver proposes again, and the best plan that was measured wins.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Literal
 
 import numpy as np
@@ -20,7 +20,7 @@ from ffn_fusion.core.plan import Plan
 from ffn_fusion.core.problem import Choice, Problem, evaluate, items_of
 from ffn_fusion.core.refine import Lesson, Vector, learned
 from ffn_fusion.core.search_records import Candidate, Goal, Objective, Rises, SearchResult
-from ffn_fusion.core.solve import Solution, solve
+from ffn_fusion.core.solve import OutOfTimeError, Solution, solve
 from ffn_fusion.errors import UserError
 from ffn_fusion.folder import StageFolder, write_atomically
 from ffn_fusion.hf.machine import pick_device
@@ -37,8 +37,9 @@ PLANS = "plans"
 FIRST, OVERLAP = (1.0, 0.0, 3.0), 0.85
 """Of the first plans: how many times as strong interactions are as expected, and the part of their layers that they
 share at most. Later ones only differ."""
-SOLVER_SECONDS, SOLVER_GAP = 5.0, 0.01
-"""For each proposal: scores are known to a few per cent, so a proof of the last per cent would be worth nothing."""
+SOLVER_SECONDS, SOLVER_GAP = (5.0, 60.0), 0.01
+"""For each proposal, the second time where a busy machine finds none in the first. Scores are known to a few per cent,
+so a proof of the last per cent would be worth nothing."""
 TOLERANCE = 1.03
 """Times a limit that a plan's measured time may be; the sums of costs are that good (docs/method.md, section 8)."""
 REPEATS = 20
@@ -235,16 +236,23 @@ class _Search:
 
     def _within(self, problem: Problem, overlap: float) -> Solution:
         """A solution whose exact cost keeps the limits: links take the time of an FFN to be affine in its width."""
-        earlier = [tried.solution for tried in self.tried]
         limits = dict(problem.limits)
         while True:
-            tightened = replace(problem, limits=limits)
-            found = solve(tightened, earlier=earlier, overlap=overlap, seconds=SOLVER_SECONDS, gap=SOLVER_GAP)
+            found = self._proposed(replace(problem, limits=limits), overlap)
             exact = self.evidence.ledger.model(found.plan.blocks)
             past = {name: exact[name] / limit for name, limit in problem.limits.items()}
             if all(ratio <= 1 + SLACK for ratio in past.values()):
                 return found
             limits |= {name: limits[name] / ratio for name, ratio in past.items() if ratio > 1}
+
+    def _proposed(self, problem: Problem, overlap: float) -> Solution:
+        earlier = [tried.solution for tried in self.tried]
+        ask = partial(solve, problem, earlier=earlier, overlap=overlap, gap=SOLVER_GAP)
+        first, second = SOLVER_SECONDS
+        try:
+            return ask(seconds=first)
+        except OutOfTimeError:
+            return ask(seconds=second)
 
     def _learned(self) -> tuple[Vector, float]:
         """Corrections of the scores and the strength of interactions."""

@@ -393,6 +393,8 @@ REFUSED = [
     (["run", "{parent}", "--out", "{out}"], "--start"),
     (["run", "{parent}", "--out", "{out}", "--start", PLAN, "--plan", PLAN], "--plan"),
     (["run", "{parent}", "--out", "{out}", "--plan", PLAN, "--heal", "nothing"], "no recipe 'nothing'"),
+    (["run", "{parent}", "--out", "{out}", "--plan", PLAN, "--heal", "quick", "--dtype", "fp16"], "float16"),
+    (["run", "{parent}", "--out", "{out}", "--plan", PLAN, "--bld-epochs", "1", "--dtype", "fp16"], "float16"),
     (["run", "{parent}", "--out", "{out}", "--start", PLAN, "--remove-attention", "2"], "--remove-attention"),
     (["run", "{parent}", "--out", "{out}", "--start", "A0F0 A9F9"], "attention 9"),
     (["run", "{parent}", "--out", "{out}", "--start", "{short}.yaml"], "short.yaml"),

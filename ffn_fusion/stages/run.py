@@ -12,7 +12,7 @@ from cyclopts import Parameter
 from ffn_fusion.core.plan import Plan
 from ffn_fusion.core.search_records import Objective
 from ffn_fusion.errors import UserError
-from ffn_fusion.hf.machine import pick_device, pick_dtype
+from ffn_fusion.hf.machine import pick_device, pick_dtype, training_dtype
 from ffn_fusion.hf.model import ModelFolder
 from ffn_fusion.hf.resolve import resolve_model
 from ffn_fusion.settings import (
@@ -128,6 +128,8 @@ def run(
     check_objective(objective, limits)
     if (objective == "task") != bool(tasks.tasks):
         raise UserError("--objective task and --tasks go together; give both or neither")
+    if heal_by or bld_epochs:
+        training_dtype(machine, parent.checkpoint)  # refused before hours of searching
     recipe = read_recipe(heal_by).scaled(heal_scale, None) if heal_by else None
     num_changes = len(changes_of(parent, space)) if limits.given else 0
     if dry_run:

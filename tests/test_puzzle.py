@@ -13,6 +13,7 @@ from test_parents import BLOCKS, puzzletron, uneven_parent
 from test_pipeline import call
 from texts import write_text
 
+from ffn_fusion.core.cost_table import Measured
 from ffn_fusion.core.plan import Plan
 from ffn_fusion.core.search_records import Candidate, SearchResult
 from ffn_fusion.core.solve import OutOfTimeError, Solution, solve
@@ -150,6 +151,18 @@ def test_a_budget_whose_plans_were_all_measured_for_another_takes_the_best_of_th
     assert 3 < len(result.candidates) < 40
     assert second.plan in {candidate.plan for candidate in result.candidates if candidate.target == first.target}
     assert second.kl.mean >= first.kl.mean
+
+
+@pytest.mark.parametrize(("factor", "said"), [(1.02, False), (1.05, True)])
+def test_a_plan_that_takes_longer_than_its_limit_is_named(
+    factor: float, said: bool, bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = bench.search(tmp_path / "search", "--speedup", 1.3, "--trials", 1)
+    assert result.parent_ms
+    time = result.parent_ms / 1.3 * factor
+    monkeypatch.setattr(puzzle, "decode_times", lambda *_: [Measured.of([time]), Measured.of([time])])
+    note = bench.search(tmp_path / "again", "--speedup", 1.3, "--trials", 1).note
+    assert (f"{time:.4g} ms measured, over the limit of {result.parent_ms / 1.3:.4g}" in note) == said
 
 
 def test_a_solver_that_finds_nothing_in_time_gets_more(

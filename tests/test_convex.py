@@ -44,6 +44,16 @@ def test_a_split_leaves_a_semidefinite_rest_and_takes_blocks_of_parts_only(gram:
         assert np.linalg.eigvalsh(gram - blocks)[0] > -1e-7 * size
 
 
+@pytest.mark.parametrize("seed", [338, 494])
+def test_a_split_leaves_a_semidefinite_rest_where_a_part_is_nearly_singular(seed: int) -> None:
+    """Four items in three dimensions: without what takes rounding back, the rest is off by 1e-5 of its size."""
+    rng = np.random.default_rng(seed)
+    deviations = rng.normal(size=(10, 3)) * rng.uniform(0.01, 3, size=(10, 1))
+    gram = deviations @ deviations.T
+    rest = gram - tightened(gram, PARTS, np.diag(np.linspace(0.1, 1, 10)))
+    assert np.linalg.eigvalsh(rest)[0] > -1e-7 * np.abs(gram).max()
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_the_tightened_split_gains_more_at_the_point_that_it_is_for(seed: int) -> None:
     deviations = np.random.default_rng(seed).normal(size=(10, 50)) + 0.5

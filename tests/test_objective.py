@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import test_puzzle
 from conftest import save_tiny_parent, tiny_tokenizer
 from questions import ARC, cut_off, write_rows
 from test_cost import values
 from test_pipeline import call
-from test_puzzle import SMALL
+from test_puzzle import SMALL, refused
 from texts import write_text
 
 pytest.importorskip("lm_eval")
@@ -18,7 +19,7 @@ pytest.importorskip("lm_eval")
 import torch
 
 from ffn_fusion.core.plan import Block, Plan
-from ffn_fusion.core.search_records import Objective, ScoreResult, SearchResult
+from ffn_fusion.core.search_records import Objective, ScoreResult
 from ffn_fusion.core.space import Change
 from ffn_fusion.folder import RECORD, read_record
 from ffn_fusion.hf.meter import Meter
@@ -31,7 +32,7 @@ from ffn_fusion.tasks.quiz import Quiz
 GOALS: list[Objective] = ["kl", "nll", "task"]
 
 
-class Bench:
+class Bench(test_puzzle.Bench):
     """A tiny parent, scored on text and questions, and its costs."""
 
     def __init__(self, folder: Path) -> None:
@@ -49,14 +50,6 @@ class Bench:
 
     def score(self, out: Path) -> int:
         return call("score", self.parent, "--out", out, "--widths", 0.5, *self.questions, *self.text)
-
-    def call(self, out: Path, *options: object, scores: Path | None = None) -> int:
-        evidence = ["--scores", scores or self.folder / "scores", "--costs", self.folder / "costs"]
-        return call("search", self.parent, "--out", out, *evidence, *self.text, *options)
-
-    def search(self, out: Path, *options: object) -> SearchResult:
-        assert self.call(out, *options) == 0
-        return read_record(out, SearchResult).result
 
     @property
     def scores(self) -> ScoreResult:
@@ -175,13 +168,6 @@ def test_a_killed_score_asks_nothing_again(bench: Bench, tmp_path: Path, monkeyp
     # The parent twice, and the change at which it was killed.
     assert len(calls) == len(bench.scores.scores) + 3
     assert read_record(tmp_path / "scores", ScoreResult).result == bench.scores
-
-
-def refused(bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str], *options: object, **other: Path) -> str:
-    capsys.readouterr()
-    assert bench.call(tmp_path / "refused", *options, **other) == 2
-    assert not (tmp_path / "refused").exists()
-    return capsys.readouterr().err.splitlines()[-1]
 
 
 def test_an_objective_without_its_scores_is_one_line(

@@ -392,6 +392,9 @@ REFUSED = [
     (["run", "{parent}", "--out", "{out}"], "--max-kl"),
     (["run", "{parent}", "--out", "{out}"], "--start"),
     (["run", "{parent}", "--out", "{out}", "--start", PLAN, "--plan", PLAN], "--plan"),
+    (["run", "{parent}", "--out", "{out}", "--plan", PLAN, "--heal", "nothing"], "no recipe 'nothing'"),
+    (["run", "{parent}", "--out", "{out}", "--plan", PLAN, "--heal", "quick", "--dtype", "fp16"], "float16"),
+    (["run", "{parent}", "--out", "{out}", "--plan", PLAN, "--bld-epochs", "1", "--dtype", "fp16"], "float16"),
     (["run", "{parent}", "--out", "{out}", "--start", PLAN, "--remove-attention", "2"], "--remove-attention"),
     (["run", "{parent}", "--out", "{out}", "--start", "A0F0 A9F9"], "attention 9"),
     (["run", "{parent}", "--out", "{out}", "--start", "{short}.yaml"], "short.yaml"),
@@ -425,12 +428,26 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing(
     short.write_text("too short")
     places = {"parent": tiny_parent("llama"), "out": tmp_path / "out", "empty": empty, "short": short}
     before = {path.name: path.stat().st_mtime_ns for path in tiny_parent("llama").iterdir()}
+    capsys.readouterr()  # of making the parent
     assert call(*[argument.format(**places) for argument in arguments]) == 2
     err = capsys.readouterr().err.strip()
     assert says.lower() in err.lower()
     assert err.count("\n") == 0, err
     assert not (tmp_path / "out").exists()
     assert before == {path.name: path.stat().st_mtime_ns for path in tiny_parent("llama").iterdir()}
+
+
+def test_what_a_run_will_cost_counts_what_it_trains(
+    tiny_parent: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = []
+    for training in ([], ["--heal", "quick", "--bld-epochs", 1]):
+        command = ["run", tiny_parent("llama"), "--out", tmp_path / "run", "--max-kl", 1, "--dry-run"]
+        assert call(*command, *training) == 0
+        shown.append(capsys.readouterr().out)
+    assert [("heal " in text, "--bld-epochs" in text) for text in shown] == [(False, False), (True, True)]
+    assert ["3 student(s)" in shown[0], "4 student(s)" in shown[1]] == [True, True]
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_main_job_trains_the_blocks_of_its_plan_before_it_fits_them(

@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 from conftest import save_tiny_parent
@@ -13,12 +13,15 @@ from test_parents import BLOCKS, puzzletron, uneven_parent
 from test_pipeline import call
 from texts import write_text
 
+from ffn_fusion.core.cost_table import Measured
 from ffn_fusion.core.plan import Plan
 from ffn_fusion.core.search_records import Candidate, SearchResult
+from ffn_fusion.core.solve import OutOfTimeError, Solution, solve
 from ffn_fusion.folder import read_record
 from ffn_fusion.hf.meter import Meter
 from ffn_fusion.settings import Method
 from ffn_fusion.speed import timing
+from ffn_fusion.stages import puzzle
 from ffn_fusion.stages.puzzle import SLACK
 
 SMALL = ["--length", 24, "--windows", 3, "--batch-size", 2, "--fit-windows", 8]
@@ -148,6 +151,35 @@ def test_a_budget_whose_plans_were_all_measured_for_another_takes_the_best_of_th
     assert 3 < len(result.candidates) < 40
     assert second.plan in {candidate.plan for candidate in result.candidates if candidate.target == first.target}
     assert second.kl.mean >= first.kl.mean
+
+
+@pytest.mark.parametrize(("factor", "said"), [(1.02, False), (1.05, True)])
+def test_a_plan_that_takes_longer_than_its_limit_is_named(
+    factor: float, said: bool, bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = bench.search(tmp_path / "search", "--speedup", 1.3, "--trials", 1)
+    assert result.parent_ms
+    time = result.parent_ms / 1.3 * factor
+    monkeypatch.setattr(puzzle, "decode_times", lambda *_: [Measured.of([time]), Measured.of([time])])
+    note = bench.search(tmp_path / "again", "--speedup", 1.3, "--trials", 1).note
+    assert (f"{time:.4g} ms measured, over the limit of {result.parent_ms / 1.3:.4g}" in note) == said
+
+
+def test_a_solver_that_finds_nothing_in_time_gets_more(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = list[float]()
+
+    def slow(*arguments: Any, seconds: float, **options: Any) -> Solution:
+        asked.append(seconds)
+        if seconds == puzzle.SOLVER_SECONDS[0]:
+            raise OutOfTimeError("no plan was found")
+        return solve(*arguments, seconds=seconds, **options)
+
+    monkeypatch.setattr(puzzle, "solve", slow)
+    result = bench.search(tmp_path / "search", "--sublayers", 8, "--trials", 3)
+    assert len(result.candidates) == 3
+    assert asked == [*puzzle.SOLVER_SECONDS] * 3
 
 
 def test_an_impossible_budget_is_one_line_with_the_tightest(

@@ -6,9 +6,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import tiny_tokenizer
+from conftest import CHAT_TEMPLATE, tiny_tokenizer
 from reference import one_line
 from texts import sentences, write_text
+from tokenizers.processors import TemplateProcessing
 
 from ffn_fusion.cli import app
 from ffn_fusion.errors import UserError
@@ -54,6 +55,21 @@ def test_jsonl_parquet_and_arrow_give_the_text_of_their_column(tmp_path: Path) -
     wanted = read(plain)
     for name in ("a.jsonl", "a.parquet", "a.arrow"):
         assert read(tmp_path / name, column="body") == wanted
+
+
+def test_a_chat_begins_with_one_begin_token(tmp_path: Path) -> None:
+    """Where the template writes it and the tokenizer, too, would put it in front."""
+    chat = [{"role": "user", "content": sentences(2, 0)}, {"role": "assistant", "content": "so it is"}]
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": chat}))
+    text = Text(text=(str(tmp_path / "chats.jsonl"),), column="messages", length=32)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    wanted = read_windows(text, tokenizer, 1).ids
+    assert wanted[0, 0] == tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    assert read_windows(text, tokenizer, 1).ids.equal(wanted)
 
 
 def test_bytes_are_those_of_the_text_that_each_window_predicts(tmp_path: Path) -> None:

@@ -18,6 +18,10 @@ TOLERANCE = 1e-4
 """Of the solver, in mean single scores: 1e-6 in each of the rows that bound a score (outer.py has up to 65)."""
 
 
+class OutOfTimeError(UserError):
+    """Nothing was found in the time given, though there may be something."""
+
+
 @dataclass(frozen=True)
 class Solution:
     """A plan within the limits."""
@@ -45,7 +49,8 @@ def solve(
     """The choice of least score that keeps within the limits and differs from `earlier` solutions.
 
     At most `overlap` of all layers are built as in any earlier solution. A layer is built alike if its option is the
-    same and it is fused with the next one in both or in neither. `UserError` if there is no such choice.
+    same and it is fused with the next one in both or in neither. `UserError` if there is no such choice,
+    `OutOfTimeError` if none was found.
     """
     until = monotonic() + seconds
     program = Program(problem, problem.limits)
@@ -57,7 +62,7 @@ def solve(
     else:
         answer = solve_convex(program, brings, until, gap)
     if answer is None:
-        raise UserError(f"no plan was found in {seconds:g} s; allow more time or raise a limit")
+        raise OutOfTimeError(f"no plan was found in {seconds:g} s; allow more time or raise a limit")
     choice, bound = answer
     if choice is None:
         if earlier:
@@ -77,7 +82,7 @@ def tightest(problem: Problem, resource: str, *, others: bool = True, seconds: f
     program = Program(problem, limits)
     answer = least(program, program.amounts(resource), monotonic() + seconds, 1e-6)
     if answer is None:
-        raise UserError(f"the least {resource} was not found in {seconds:g} s; allow more time")
+        raise OutOfTimeError(f"the least {resource} was not found in {seconds:g} s; allow more time")
     choice, _ = answer
     return None if choice is None else resources_used(problem, choice)[resource]
 

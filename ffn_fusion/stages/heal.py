@@ -22,7 +22,7 @@ from ffn_fusion.healing.given import Habits, Material, Pair
 from ffn_fusion.healing.ranks import Ranks, joined
 from ffn_fusion.healing.teacher_cache import open_cache
 from ffn_fusion.hf.checkpoint import fingerprint
-from ffn_fusion.hf.machine import pick_device, pick_dtype, where
+from ffn_fusion.hf.machine import pick_device, training_dtype, where
 from ffn_fusion.hf.model import PLAN_FILE, ModelFolder
 from ffn_fusion.hf.provenance import texts_behind
 from ffn_fusion.hf.resolve import load_tokenizer, resolve_model
@@ -99,7 +99,7 @@ def heal(
         Keep no activations within blocks but compute them again: less memory, a third more work.
     """
     source, target = resolve_model(parent), resolve_model(student)
-    recipe = _recipe(stages).scaled(scale, length)
+    recipe = read_recipe(stages).scaled(scale, length)
     if text:
         recipe = recipe.reading([_source(each, column) for each in text])
     if domain:
@@ -107,9 +107,7 @@ def heal(
     tokenizer = _common_tokenizer(source, target, machine.trust_remote_code)
     pair = Pair(source, target, _plan(source, target))
     _check(pair, recipe)
-    dtype = pick_dtype(machine, target.checkpoint)
-    if dtype == torch.float16:
-        raise UserError("gradients leave the range of float16; use --dtype bf16 or fp32")
+    dtype = training_dtype(machine, target.checkpoint)
     compiled = pick_device(machine).type == "cuda" if compile is None else compile
     habits = Habits(dtype, machine.batch_size, check_ups, save_every, patience, compiled, gradient_checkpointing, seed)
     cache = open_cache(teacher, source, machine.trust_remote_code) if teacher else None
@@ -184,7 +182,7 @@ def _together(ranks: Ranks, out: Path, inputs: dict[str, Any], work: Any) -> Rec
             ranks.tell("")
 
 
-def _recipe(name: str) -> Curriculum:
+def read_recipe(name: str) -> Curriculum:
     """A shipped recipe, or one in a file; `UserError` says what in it is wrong."""
     shipped = sorted(path.name.removesuffix(".yaml") for path in RECIPES.iterdir() if path.name.endswith(".yaml"))
     if name not in shipped and not Path(name).is_file():

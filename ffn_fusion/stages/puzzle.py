@@ -6,21 +6,21 @@ scores, the solver proposes again, and the best plan that was measured wins.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Literal
 
 import numpy as np
 import torch
 
 from ffn_fusion.core import baselines
-from ffn_fusion.core.budget import STRENGTH, Scores, Uses, Variants
+from ffn_fusion.core.budget import STRENGTH, Uses, Variants
 from ffn_fusion.core.cost import shapes_of
 from ffn_fusion.core.cost_table import CostTable, Measured
 from ffn_fusion.core.plan import Plan
 from ffn_fusion.core.problem import Choice, Problem, evaluate, items_of
 from ffn_fusion.core.refine import Lesson, Vector, learned
 from ffn_fusion.core.search_records import Candidate, Goal, Objective, Rises, SearchResult
-from ffn_fusion.core.solve import Solution, solve
+from ffn_fusion.core.solve import OutOfTimeError, Solution, solve
 from ffn_fusion.errors import UserError
 from ffn_fusion.folder import StageFolder, write_atomically
 from ffn_fusion.hf.machine import pick_device
@@ -37,8 +37,9 @@ PLANS = "plans"
 FIRST, OVERLAP = (1.0, 0.0, 3.0), 0.85
 """Of the first plans: how many times as strong interactions are as expected, and the part of their layers that they
 share at most. Later ones only differ."""
-SOLVER_SECONDS, SOLVER_GAP = 5.0, 0.01
-"""For each proposal: scores are known to a few per cent, so a proof of the last per cent would be worth nothing."""
+SOLVER_SECONDS, SOLVER_GAP = (5.0, 60.0), 0.01
+"""For each proposal, the second time where a busy machine finds none in the first. Scores are known to a few per cent,
+so a proof of the last per cent would be worth nothing."""
 TOLERANCE = 1.03
 """Times a limit that a plan's measured time may be; the sums of costs are that good (docs/method.md, section 8)."""
 REPEATS = 20
@@ -174,8 +175,11 @@ class _Search:
     @property
     def _strength(self) -> float:
         """Of interactions, before anything is measured: those of the logits say nothing about answers to questions."""
-        counted = self.rule.interactions and self.evidence.objective != "task"
-        return STRENGTH[self.meter.calibrates] if counted else 0.0
+        return 0.0 if self.evidence.objective == "task" else self._kl_strength
+
+    @property
+    def _kl_strength(self) -> float:
+        return STRENGTH[self.meter.calibrates] if self.rule.interactions else 0.0
 
     @cached_property
     def _variants(self) -> Variants:
@@ -183,14 +187,13 @@ class _Search:
 
     @cached_property
     def _goal(self) -> _Forecast:
-        return self._forecast(self.evidence.scores)
+        return self._forecast(self._variants)
 
     @cached_property
     def _kl(self) -> _Forecast:
-        return self._forecast(self.evidence.kl)
+        return self._forecast(Variants(self.meter.parent.plan, self.evidence.kl))
 
-    def _forecast(self, scores: Scores) -> _Forecast:
-        variants = Variants(self.meter.parent.plan, scores)
+    def _forecast(self, variants: Variants) -> _Forecast:
         return _Forecast(self._choice(variants, {}, 0.0), self._choice(variants, {}, 1.0))
 
     def _choice(self, variants: Variants, limits: Uses, strength: float) -> Problem:
@@ -233,16 +236,23 @@ class _Search:
 
     def _within(self, problem: Problem, overlap: float) -> Solution:
         """A solution whose exact cost keeps the limits: links take the time of an FFN to be affine in its width."""
-        earlier = [tried.solution for tried in self.tried]
         limits = dict(problem.limits)
         while True:
-            tightened = replace(problem, limits=limits)
-            found = solve(tightened, earlier=earlier, overlap=overlap, seconds=SOLVER_SECONDS, gap=SOLVER_GAP)
+            found = self._proposed(replace(problem, limits=limits), overlap)
             exact = self.evidence.ledger.model(found.plan.blocks)
             past = {name: exact[name] / limit for name, limit in problem.limits.items()}
             if all(ratio <= 1 + SLACK for ratio in past.values()):
                 return found
             limits |= {name: limits[name] / ratio for name, ratio in past.items() if ratio > 1}
+
+    def _proposed(self, problem: Problem, overlap: float) -> Solution:
+        earlier = [tried.solution for tried in self.tried]
+        ask = partial(solve, problem, earlier=earlier, overlap=overlap, gap=SOLVER_GAP)
+        first, second = SOLVER_SECONDS
+        try:
+            return ask(seconds=first)
+        except OutOfTimeError:
+            return ask(seconds=second)
 
     def _learned(self) -> tuple[Vector, float]:
         """Corrections of the scores and the strength of interactions."""
@@ -260,7 +270,7 @@ class _Search:
         kl, kl_interactions = self._kl.of(found.choice)
         lesson = Lesson(made, additive, interactions, rises.by(self.evidence.objective).mean)
         predicted = additive + self._strength * interactions
-        predicted_kl = kl + (STRENGTH[self.meter.calibrates] if self.rule.interactions else 0.0) * kl_interactions
+        predicted_kl = kl + self._kl_strength * kl_interactions
         self.tried.append(Tried(found, origin, target, predicted, predicted_kl, lesson, rises))
 
     def _keeps(self, tried: Tried, limits: Uses) -> bool:

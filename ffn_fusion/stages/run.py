@@ -12,7 +12,7 @@ from cyclopts import Parameter
 from ffn_fusion.core.plan import Plan
 from ffn_fusion.core.search_records import Objective
 from ffn_fusion.errors import UserError
-from ffn_fusion.hf.machine import pick_device, pick_dtype
+from ffn_fusion.hf.machine import pick_device, pick_dtype, training_dtype
 from ffn_fusion.hf.model import ModelFolder
 from ffn_fusion.hf.resolve import resolve_model
 from ffn_fusion.settings import (
@@ -36,7 +36,7 @@ from ffn_fusion.stages.bld import bld
 from ffn_fusion.stages.cost import cost
 from ffn_fusion.stages.evaluate import HELD_OUT, evaluate
 from ffn_fusion.stages.fuse import fuse
-from ffn_fusion.stages.heal import heal
+from ffn_fusion.stages.heal import heal, read_recipe
 from ffn_fusion.stages.report import report
 from ffn_fusion.stages.score import changes_of, score
 from ffn_fusion.stages.search import check_objective, given_plans, search
@@ -128,10 +128,15 @@ def run(
     check_objective(objective, limits)
     if (objective == "task") != bool(tasks.tasks):
         raise UserError("--objective task and --tasks go together; give both or neither")
+    if heal_by or bld_epochs:
+        training_dtype(machine, parent.checkpoint)  # refused before hours of searching
+    recipe = read_recipe(heal_by).scaled(heal_scale, None) if heal_by else None
     num_changes = len(changes_of(parent, space)) if limits.given else 0
     if dry_run:
-        told = forecast(parent, windows, fit_windows, text, eval_windows, steps, machine, num_changes)
-        return told + "\nquestions of --tasks come on top of score and search" * bool(tasks.tasks)
+        healed = sum(stage.tokens for stage in recipe.stages) if recipe else 0
+        told = forecast(parent, windows, fit_windows, text, eval_windows, steps, machine, num_changes, healed)
+        told += "\nquestions of --tasks come on top of score and search" * bool(tasks.tasks)
+        return told + "\nblocks that --bld-epochs trains come on top" * bool(bld_epochs)
     analyze(model, out=out / "analysis", windows=windows, text=text, machine=machine)
     few = min(16, fit_windows)
     searching = partial(
@@ -171,11 +176,10 @@ def run(
     # The text for all of them: channels are chosen by it where the plan cuts FFNs.
     build = partial(fuse, model, fit_windows=fit_windows, text=LongText(**asdict(text)), machine=machine)
     if bld_epochs and best != parent.plan:
-        start_from, library = library, out / "library"
         bld(
             model,
-            out=library,
-            library=start_from,
+            out=out / "library",
+            library=library,
             blocks=Blocks(plan=str(best)),
             norm=fusion.norm,
             channel_steps=fusion.channel_steps,
@@ -184,6 +188,7 @@ def run(
             text=text,
             machine=machine,
         )
+        library = out / "library"
     build(plan=str(best), out=student, library=library, fusion=fusion)
     students = [student]
     if steps:
@@ -231,10 +236,11 @@ def forecast(
     steps: bool,
     machine: Machine,
     num_changes: int,
+    healed: int,
 ) -> str:
     """What a run will cost, from a timed matrix product and the model's sizes: an order of magnitude.
 
-    `num_changes` are scored for a search under a hardware budget.
+    `num_changes` are scored for a search under a hardware budget, `healed` tokens are trained on.
     """
     dtype, device = pick_dtype(machine, parent.checkpoint), pick_device(machine)
     parameters = sum(torch.Size(spec.shape).numel() for spec in parent.checkpoint.specs.values())
@@ -248,11 +254,13 @@ def forecast(
         # Greedy removal, or none; then fused plans.
         "search": measured * layers * 3 * (not num_changes) + 8 * (16 * text.length * 4 + measured),
         "fuse": fit_windows * text.length * 5,
+        # Forward and, twice as dear, backward; the parent forward.
+        "heal": healed * 4,
         "eval": eval_windows * 1024 * (6 if steps else 2),
     }
     lines = [f"{parameters:,} parameters, {layers} layers, {device} in {str(dtype).removeprefix('torch.')}"]
     lines += [f"{stage:8} about {_minutes(count * seconds_per_token)}" for stage, count in tokens.items() if count]
-    students = 3 if steps else 1
+    students = (3 if steps else 1) + bool(healed)
     logits = measured * parent.config.vocab_size * 4
     lines.append(f"disk     {students * size / 1e9:.1f} GB for {students} student(s)")
     lines.append(f"memory   about {(2 * size + logits) / 1e9 + 1:.1f} GB (parent, one student, parent's predictions)")

@@ -217,7 +217,7 @@ def test_a_domain_that_is_being_lost_stops_the_run(healed: Callable[..., Any], t
 def test_longer_contexts_come_with_the_rope_that_they_were_trained_with(
     healed: Callable[..., Any], tmp_path: Path
 ) -> None:
-    rope = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 256}
+    rope = {"rope_type": "yarn", "factor": 2.0}
     long = GLOBAL | {
         "name": "long",
         "length": 512,
@@ -231,6 +231,8 @@ def test_longer_contexts_come_with_the_rope_that_they_were_trained_with(
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["max_position_embeddings"] == 512
     assert config["rope_parameters"]["rope_type"] == config["rope_scaling"]["rope_type"] == "yarn"
+    # What is stretched is the context that the model came with.
+    assert config["rope_parameters"]["original_max_position_embeddings"] == 256
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert loaded.model.rotary_emb.rope_type == "yarn"
 

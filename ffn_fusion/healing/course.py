@@ -243,6 +243,8 @@ class Course:
         for stage in self.recipe.stages[: number + 1]:
             if stage.rope:
                 config.rope_parameters = config.rope_parameters | stage.rope
+                # Notes which context is stretched, before it is longer.
+                config.standardize_rope_params()
                 config.max_position_embeddings = max(config.max_position_embeddings, stage.length)
         return config
 

@@ -24,6 +24,7 @@ from ffn_fusion.core.records import EvalResult
 from ffn_fusion.errors import UserError
 from ffn_fusion.folder import Record, read_record
 from ffn_fusion.healing.corpus import Corpus
+from ffn_fusion.healing.course import Course
 from ffn_fusion.healing.feeds import CachedFeed, LiveFeed, head_of, spans
 from ffn_fusion.healing.loop import Objective, Training
 from ffn_fusion.healing.ranks import joined
@@ -130,6 +131,25 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     assert losses_of(tmp_path / "killed") == losses_of(tmp_path / "out")
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("killed", "out"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_students_that_are_to_be_kept_outlive_a_kill(
+    healed: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a run that goes on may find to be the best is there until its progress says otherwise."""
+    save, calls = Course._save_progress, []
+
+    def dying(self: Course) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        save(self)
+
+    monkeypatch.setattr(Course, "_save_progress", dying)
+    with pytest.raises(KeyboardInterrupt):
+        healed(GLOBAL)
+    students = tmp_path / ".out.partial" / "students"
+    assert {path.name for path in students.iterdir()} == {"step-3", "step-6"}
 
 
 def test_two_ranks_go_on_from_one_and_learn_the_same(

@@ -178,6 +178,7 @@ class Course:
                     self._check_up(student, stage)
                 self._save_progress()
                 checkpoints.forget(self.folder.state, name, self.ranks)
+                self._forget_students()
             if progress.stopped:
                 return
             since = time.monotonic()
@@ -220,9 +221,7 @@ class Course:
             progress.stopped = regression(progress.check_ups, self.measure, self.habits.patience)
 
     def _write_student(self, student: Model, step: int) -> None:
-        best = self.progress.check_ups[best_of(self.progress.check_ups, self.measure)].step
-        folder = self.folder.path / STUDENTS
-        out = folder / f"step-{step}"
+        out = self.folder.path / STUDENTS / f"step-{step}"
         if self.ranks.is_first:
             shutil.rmtree(out, ignore_errors=True)
             out.mkdir(parents=True)
@@ -233,8 +232,15 @@ class Course:
             config = self._config(self.progress.stage).to_dict()
             fields = {name: value for name, value in config.items() if name in POSITIONS}
             write_tuned(self.pair.student, weights, out, fields)
-            for path in folder.iterdir():
-                if path.name not in (f"step-{best}", out.name):
+
+    def _forget_students(self) -> None:
+        """Delete all but the best and the latest, by the progress on disk: a killed run measures again what came later,
+        and may find another best."""
+        found = self.progress.check_ups
+        kept = {f"step-{check_up.step}" for check_up in (found[best_of(found, self.measure)], found[-1])}
+        if self.ranks.is_first:
+            for path in (self.folder.path / STUDENTS).glob("*"):
+                if path.name not in kept:
                     shutil.rmtree(path)
 
     def _config(self, number: int) -> Any:

@@ -218,6 +218,7 @@ def test_a_loss_that_is_not_a_number_keeps_the_best_weights(healed: Callable[...
     result = healed(GLOBAL, GLOBAL | {"name": "wild", "learning_rate": 1e30, "max_norm": 1e30}).result
     assert result.stopped.startswith("the loss is not a number at step 2 of stage wild")
     assert [check_up.stage for check_up in result.check_ups] == ["global"] * 3
+    assert [(stage.name, stage.num_steps) for stage in result.stages] == [("global", 6), ("wild", 1)]
     kept = load_file(tmp_path / "out" / "model.safetensors")
     assert all(bool(torch.isfinite(tensor).all()) for tensor in kept.values())
     assert "stopped: the loss" in result.summary()
@@ -232,6 +233,10 @@ def test_a_domain_that_is_being_lost_stops_the_run(healed: Callable[..., Any], t
     assert len(result.check_ups) < 9
     ended = [check_up.domains["two"].nll.mean for check_up in result.check_ups]
     assert ended[-1] > ended[0]
+    (stage,) = result.stages
+    assert (stage.num_steps, stage.num_tokens) == (result.check_ups[-1].step, result.check_ups[-1].num_tokens)
+    assert [drawn.num_tokens for drawn in stage.drawn] == [stage.num_tokens]
+    assert result.texts == [texts[0]]
 
 
 def test_longer_contexts_come_with_the_rope_that_they_were_trained_with(

@@ -113,8 +113,9 @@ def heal(
     compiled = pick_device(machine).type == "cuda" if compile is None else compile
     habits = Habits(dtype, machine.batch_size, check_ups, save_every, patience, compiled, gradient_checkpointing, seed)
     cache = open_cache(teacher, source, machine.trust_remote_code) if teacher else None
-    for stage in recipe.stages:
-        check_cache(cache, stage, pair.objective(stage).asked) if cache else None
+    if cache:
+        for stage in recipe.stages:
+            check_cache(cache, stage, pair.objective(stage).asked)
     domains = read_domains(recipe.domains, tokenizer, domain_windows, domain_length, column)
     texts = {source.text for stage in recipe.stages for source in recipe.sources(stage)}
     inputs = {
@@ -122,7 +123,7 @@ def heal(
         "student": target.fingerprint,
         "recipe": asdict(recipe),
         "text": {name: _state_of(name) for name in sorted(texts)},
-        "teacher": str(fingerprint(sorted(teacher.glob("*")))) if teacher else None,
+        "teacher": fingerprint(teacher.glob("*")) if teacher else None,
         "domains": {each.name: each.digest for each in domains},
         "dtype": str(dtype),
         "seed": seed,

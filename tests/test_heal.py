@@ -127,6 +127,8 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
         with pytest.raises(KeyboardInterrupt):
             healed(LOCAL, GLOBAL, name="killed", save_every=3)
     monkeypatch.setattr(Training, "_step", step)
+    with (tmp_path / ".killed.partial" / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "trai')
     healed(LOCAL, GLOBAL, name="killed", save_every=3)
     assert losses_of(tmp_path / "killed") == losses_of(tmp_path / "out")
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("killed", "out"))

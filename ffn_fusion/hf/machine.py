@@ -36,6 +36,14 @@ def pick_dtype(machine: Machine, checkpoint: Checkpoint) -> torch.dtype:
     return max(set(stored), key=stored.count)
 
 
+def pick_training_dtype(machine: Machine, checkpoint: Checkpoint) -> torch.dtype:
+    """The same for a stage that trains; `UserError` for float16."""
+    dtype = pick_dtype(machine, checkpoint)
+    if dtype == torch.float16:
+        raise UserError("gradients leave the range of float16; use --dtype bf16 or fp32")
+    return dtype
+
+
 def where(machine: Machine, dtype: torch.dtype) -> Environment:
     """The environment record of a stage that computed on this machine."""
     device = pick_device(machine)

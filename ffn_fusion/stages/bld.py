@@ -5,7 +5,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-import torch
 from cyclopts import Parameter
 from cyclopts.validators import Number
 from safetensors.torch import load_file, save_file
@@ -18,7 +17,7 @@ from ffn_fusion.errors import UserError
 from ffn_fusion.folder import Environment, Record, StageFolder, read_record, run_stage
 from ffn_fusion.hf.blockwise import Distillation, TrainedUnit, Training
 from ffn_fusion.hf.library import CONTRIBUTIONS, Library, open_library, parent_key
-from ffn_fusion.hf.machine import pick_device, pick_dtype, where
+from ffn_fusion.hf.machine import pick_device, pick_training_dtype, where
 from ffn_fusion.hf.model import ModelFolder
 from ffn_fusion.hf.resolve import load_tokenizer, read_plan, resolve_model
 from ffn_fusion.hf.surgery import Norm
@@ -72,9 +71,7 @@ def bld(
     parent = resolve_model(model)
     wanted = wanted_blocks(blocks, parent)
     start = open_library(library, parent, norm, channel_steps)
-    dtype = pick_dtype(machine, parent.checkpoint)
-    if dtype == torch.float16:
-        raise UserError("gradients leave the range of float16; use --dtype bf16 or fp32")
+    dtype = pick_training_dtype(machine, parent.checkpoint)
     sample = read_windows(text, load_tokenizer(parent, machine.trust_remote_code), windows, "fit")
     training = Training(epochs, learning_rate, text.seed)
     inputs = {

@@ -22,7 +22,7 @@ from ffn_fusion.healing.given import Habits, Material, Pair
 from ffn_fusion.healing.ranks import Ranks, joined
 from ffn_fusion.healing.teacher_cache import open_cache
 from ffn_fusion.hf.checkpoint import fingerprint
-from ffn_fusion.hf.machine import pick_device, pick_dtype, where
+from ffn_fusion.hf.machine import pick_device, pick_training_dtype, where
 from ffn_fusion.hf.model import PLAN_FILE, ModelFolder
 from ffn_fusion.hf.provenance import texts_behind
 from ffn_fusion.hf.resolve import load_tokenizer, resolve_model
@@ -107,9 +107,7 @@ def heal(
     tokenizer = _common_tokenizer(source, target, machine.trust_remote_code)
     pair = Pair(source, target, _plan(source, target))
     _check(pair, recipe)
-    dtype = pick_dtype(machine, target.checkpoint)
-    if dtype == torch.float16:
-        raise UserError("gradients leave the range of float16; use --dtype bf16 or fp32")
+    dtype = pick_training_dtype(machine, target.checkpoint)
     compiled = pick_device(machine).type == "cuda" if compile is None else compile
     habits = Habits(dtype, machine.batch_size, check_ups, save_every, patience, compiled, gradient_checkpointing, seed)
     cache = open_cache(teacher, source, machine.trust_remote_code) if teacher else None

@@ -173,6 +173,8 @@ def test_two_ranks_go_on_from_one_and_learn_the_same(
     monkeypatch.setattr(Training, "_step", dying)
     with pytest.raises(KeyboardInterrupt):
         healed(*stages, name="two")
+    # Of two ranks that were killed, one had kept the parent's answers: both must ask again.
+    (tmp_path / ".two.partial" / "state" / "answers-0-of-2.safetensors").write_bytes(b"")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "ffn_fusion", "heal", str(tiny_parent("llama")), str(tiny_student("llama"))]
     command += ["--out", str(tmp_path / "two"), "--stages", str(tmp_path / "recipe.yaml"), "--device", "cpu"]

@@ -13,7 +13,7 @@ from typing import Any
 import cattrs
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from ffn_fusion.core.curriculum import Curriculum, TrainingStage
 from ffn_fusion.core.heal_records import (
@@ -25,7 +25,7 @@ from ffn_fusion.core.heal_records import (
     best_of,
     regression,
 )
-from ffn_fusion.folder import StageFolder
+from ffn_fusion.folder import StageFolder, write_atomically
 from ffn_fusion.healing import checkpoints
 from ffn_fusion.healing.corpus import build_corpus, drawn, repeated
 from ffn_fusion.healing.domains import Answers, ask_parent
@@ -267,9 +267,11 @@ class Course:
     def _answers(self) -> Answers:
         domains = self.material.domains
         path = self.folder.state / f"answers-{self.ranks.rank}-of-{self.ranks.size}.safetensors"
-        hidden = load_file(path) if path.is_file() else ask_parent(domains, self.parent or self._ask(), self.ranks)
-        if not path.is_file():
-            save_file(hidden, path)
+        # A parent that is spread over ranks is asked by all of them or by none.
+        held = all(self.ranks.gather(path.is_file()))
+        hidden = load_file(path) if held else ask_parent(domains, self.parent or self._ask(), self.ranks)
+        if not held:
+            write_atomically(path, save(hidden))
         return Answers(domains, hidden, self.head, self.ranks)
 
     def _save_progress(self) -> None:

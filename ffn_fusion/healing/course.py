@@ -92,6 +92,8 @@ class Course:
     def _stage(self, number: int, stage: TrainingStage) -> None:
         # The model of the stage before holds itself in cycles.
         gc.collect()
+        if self.ranks.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.ranks.device)
         progress, habits = self.progress, self.habits
         moving = self.pair.changed(stage)
         objective = self.pair.objective(stage, habits.compiled)

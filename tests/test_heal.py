@@ -24,6 +24,7 @@ from ffn_fusion.core.records import EvalResult
 from ffn_fusion.errors import UserError
 from ffn_fusion.folder import Record, read_record
 from ffn_fusion.healing.corpus import Corpus
+from ffn_fusion.healing.course import Course
 from ffn_fusion.healing.feeds import CachedFeed, LiveFeed, head_of, spans
 from ffn_fusion.healing.loop import Objective, Training
 from ffn_fusion.healing.ranks import joined
@@ -126,10 +127,31 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
         with pytest.raises(KeyboardInterrupt):
             healed(LOCAL, GLOBAL, name="killed", save_every=3)
     monkeypatch.setattr(Training, "_step", step)
+    with (tmp_path / ".killed.partial" / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "trai')
     healed(LOCAL, GLOBAL, name="killed", save_every=3)
     assert losses_of(tmp_path / "killed") == losses_of(tmp_path / "out")
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("killed", "out"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_students_that_are_to_be_kept_outlive_a_kill(
+    healed: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a run that goes on may find to be the best is there until its progress says otherwise."""
+    save, calls = Course._save_progress, []
+
+    def dying(self: Course) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        save(self)
+
+    monkeypatch.setattr(Course, "_save_progress", dying)
+    with pytest.raises(KeyboardInterrupt):
+        healed(GLOBAL)
+    students = tmp_path / ".out.partial" / "students"
+    assert {path.name for path in students.iterdir()} == {"step-3", "step-6"}
 
 
 def test_two_ranks_go_on_from_one_and_learn_the_same(
@@ -151,6 +173,8 @@ def test_two_ranks_go_on_from_one_and_learn_the_same(
     monkeypatch.setattr(Training, "_step", dying)
     with pytest.raises(KeyboardInterrupt):
         healed(*stages, name="two")
+    # Of two ranks that were killed, one had kept the parent's answers: both must ask again.
+    (tmp_path / ".two.partial" / "state" / "answers-0-of-2.safetensors").write_bytes(b"")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "ffn_fusion", "heal", str(tiny_parent("llama")), str(tiny_student("llama"))]
     command += ["--out", str(tmp_path / "two"), "--stages", str(tmp_path / "recipe.yaml"), "--device", "cpu"]
@@ -198,6 +222,7 @@ def test_a_loss_that_is_not_a_number_keeps_the_best_weights(healed: Callable[...
     result = healed(GLOBAL, GLOBAL | {"name": "wild", "learning_rate": 1e30, "max_norm": 1e30}).result
     assert result.stopped.startswith("the loss is not a number at step 2 of stage wild")
     assert [check_up.stage for check_up in result.check_ups] == ["global"] * 3
+    assert [(stage.name, stage.num_steps) for stage in result.stages] == [("global", 6), ("wild", 1)]
     kept = load_file(tmp_path / "out" / "model.safetensors")
     assert all(bool(torch.isfinite(tensor).all()) for tensor in kept.values())
     assert "stopped: the loss" in result.summary()
@@ -212,12 +237,16 @@ def test_a_domain_that_is_being_lost_stops_the_run(healed: Callable[..., Any], t
     assert len(result.check_ups) < 9
     ended = [check_up.domains["two"].nll.mean for check_up in result.check_ups]
     assert ended[-1] > ended[0]
+    (stage,) = result.stages
+    assert (stage.num_steps, stage.num_tokens) == (result.check_ups[-1].step, result.check_ups[-1].num_tokens)
+    assert [drawn.num_tokens for drawn in stage.drawn] == [stage.num_tokens]
+    assert result.texts == [texts[0]]
 
 
 def test_longer_contexts_come_with_the_rope_that_they_were_trained_with(
     healed: Callable[..., Any], tmp_path: Path
 ) -> None:
-    rope = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 256}
+    rope = {"rope_type": "yarn", "factor": 2.0}
     long = GLOBAL | {
         "name": "long",
         "length": 512,
@@ -231,6 +260,8 @@ def test_longer_contexts_come_with_the_rope_that_they_were_trained_with(
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["max_position_embeddings"] == 512
     assert config["rope_parameters"]["rope_type"] == config["rope_scaling"]["rope_type"] == "yarn"
+    # What is stretched is the context that the model came with.
+    assert config["rope_parameters"]["original_max_position_embeddings"] == 256
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert loaded.model.rotary_emb.rope_type == "yarn"
 
@@ -309,7 +340,7 @@ def test_a_finished_run_is_not_run_again(healed: Callable[..., Any], capsys: pyt
         (GLOBAL | {"losses": {}}, "no loss has a weight"),
         (GLOBAL | {"speed": 3}, "extra fields found \\(speed\\)"),
         (GLOBAL | {"step_tokens": 8}, "step_tokens 8 is below 32"),
-        (LOCAL | {"trains": "all"}, "only losses on the stream, for changed blocks|and trains changed blocks"),
+        (LOCAL | {"trains": "all"}, "losses on the stream only, and trains changed blocks"),
         (GLOBAL | {"text": [{"text": "/nowhere.txt"}]}, "nowhere"),
     ],
 )

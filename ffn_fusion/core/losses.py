@@ -26,26 +26,34 @@ def chunks(tensor: Tensor) -> tuple[Tensor, ...]:
 
 def reference(logits_nv: Tensor) -> Reference:
     """Softmax of the parent's logits, once."""
-    parts = []
-    for chunk in chunks(logits_nv):
-        logp = chunk.float().log_softmax(-1)
-        p = logp.exp()
-        parts.append((p, (p * logp).sum(-1), chunk.argmax(-1)))
-    return Reference(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    ref = Reference(
+        torch.empty_like(logits_nv, dtype=torch.float),
+        logits_nv.new_empty(len(logits_nv), dtype=torch.float),
+        logits_nv.new_empty(len(logits_nv), dtype=torch.long),
+    )
+    # Into place, here and below: parts that are joined in the end would be held twice, and those kept from each chunk
+    # would sit between the chunks in a CPU's heap.
+    for z, p, negative_entropy, top in zip(chunks(logits_nv), *map(chunks, ref), strict=True):
+        logp = z.float().log_softmax(-1)
+        torch.exp(logp, out=p)
+        torch.sum(p * logp, -1, out=negative_entropy)
+        torch.argmax(z, -1, out=top)
+    return ref
 
 
 def kl_to(ref: Reference, logits_nv: Tensor) -> Tensor:
     """KL(parent || student) of each token, [N], in nats: sum p log p - sum p z + logsumexp z."""
-    out = []
-    for p, negative_entropy, z in zip(
-        chunks(ref.probabilities), chunks(ref.negative_entropy), chunks(logits_nv), strict=True
-    ):
+    total = ref.negative_entropy.clone()
+    for kl, p, z in zip(chunks(total), chunks(ref.probabilities), chunks(logits_nv), strict=True):
         z = z.float()
-        out.append(negative_entropy - torch.einsum("nv,nv->n", p, z) + z.logsumexp(-1))
-    return torch.cat(out)
+        kl -= torch.einsum("nv,nv->n", p, z)
+        kl += z.logsumexp(-1)
+    return total
 
 
 def nll(logits_nv: Tensor, targets_n: Tensor) -> Tensor:
     """Negative log-likelihood of each target token, [N], in nats."""
-    pairs = zip(chunks(logits_nv), chunks(targets_n), strict=True)
-    return torch.cat([torch.nn.functional.cross_entropy(z.float(), t, reduction="none") for z, t in pairs])
+    total = logits_nv.new_empty(len(targets_n), dtype=torch.float)
+    for out, z, t in zip(chunks(total), chunks(logits_nv), chunks(targets_n), strict=True):
+        out.copy_(torch.nn.functional.cross_entropy(z.float(), t, reduction="none"))
+    return total

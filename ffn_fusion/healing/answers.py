@@ -10,7 +10,8 @@ from ffn_fusion.healing.examples import IGNORED, Answer
 @torch.no_grad()
 def log_probability(model: PreTrainedModel, answer: Answer) -> float:
     """Sum over the answer's tokens, in nats."""
-    ids, labels = (torch.tensor(each, device=model.device) for each in (answer.ids, answer.labels))
+    ids = torch.tensor(answer.ids, device=model.device)
     logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
-    learnt = labels[1:].to(logits.device) != IGNORED
-    return -float(nll(logits[learnt], labels[1:].to(logits.device)[learnt]).sum())
+    labels = torch.tensor(answer.labels[1:], device=logits.device)
+    learnt = labels != IGNORED
+    return -float(nll(logits[learnt], labels[learnt]).sum())

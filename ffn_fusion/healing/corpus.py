@@ -23,11 +23,12 @@ AT_ONCE = 256
 
 @dataclass(frozen=True)
 class Corpus:
-    """`order` says which of the windows [windows, length] each place in the stage has."""
+    """`order` says which of the windows [windows, length] each place in the stage has; `sources` how many of them are
+    of each text, one after the other."""
 
     windows: np.ndarray
     order: np.ndarray
-    drawn: list[Drawn]
+    sources: list[tuple[str, int]]
 
     def read(self, places: Sequence[int]) -> Tensor:
         """Windows at these places of the stage, [places, length]."""
@@ -46,15 +47,26 @@ def build_corpus(
         raise UserError("shares of text must be positive")
     ends = np.round(np.cumsum(shares) / shares.sum() * count).astype(int)
     generator = np.random.default_rng(seed)
-    found, orders, drawn, start = [], [], [], 0
+    found, orders, start = [], [], 0
     for source, wanted in zip(sources, np.diff(ends, prepend=0).tolist(), strict=True):
         windows = _windows(source, tokenizer, length, wanted, seed)
         orders += [start + repeated(wanted, len(windows), generator)] if wanted else []
-        drawn.append(Drawn(source.text, wanted * length, len(windows) * length))
         found.append(windows)
         start += len(windows)
     np.save(path, np.concatenate(found))
-    return Corpus(np.load(path, mmap_mode="r"), generator.permutation(np.concatenate(orders)), drawn)
+    held = [(source.text, len(windows)) for source, windows in zip(sources, found, strict=True)]
+    return Corpus(np.load(path, mmap_mode="r"), generator.permutation(np.concatenate(orders)), held)
+
+
+def drawn(order: np.ndarray, sources: Sequence[tuple[str, int]], length: int) -> list[Drawn]:
+    """What windows in this order took of each source; of sources that were not read, nothing."""
+    found, start = [], 0
+    for text, count in sources:
+        taken = order[(start <= order) & (order < start + count)]
+        if len(taken):
+            found.append(Drawn(text, len(taken) * length, len(np.unique(taken)) * length))
+        start += count
+    return found
 
 
 def repeated(count: int, of: int, generator: np.random.Generator) -> np.ndarray:

@@ -13,12 +13,11 @@ from typing import Any
 import cattrs
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from ffn_fusion.core.curriculum import Curriculum, TrainingStage
 from ffn_fusion.core.heal_records import (
     CheckUp,
-    Drawn,
     HealResult,
     Measure,
     StageOutcome,
@@ -26,9 +25,9 @@ from ffn_fusion.core.heal_records import (
     best_of,
     regression,
 )
-from ffn_fusion.folder import StageFolder
+from ffn_fusion.folder import StageFolder, write_atomically
 from ffn_fusion.healing import checkpoints
-from ffn_fusion.healing.corpus import build_corpus, repeated
+from ffn_fusion.healing.corpus import build_corpus, drawn, repeated
 from ffn_fusion.healing.domains import Answers, ask_parent
 from ffn_fusion.healing.feeds import CachedFeed, Feed, LiveFeed, head_of, needs_parent
 from ffn_fusion.healing.flops import matrix_flops, training_flops
@@ -93,10 +92,12 @@ class Course:
     def _stage(self, number: int, stage: TrainingStage) -> None:
         # The model of the stage before holds itself in cycles.
         gc.collect()
+        if self.ranks.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.ranks.device)
         progress, habits = self.progress, self.habits
         moving = self.pair.changed(stage)
         objective = self.pair.objective(stage, habits.compiled)
-        feed, drawn = self._feed(number, stage, objective)
+        feed, order, sources = self._feed(number, stage, objective)
         form = Form(habits.dtype, habits.compiled, _chooser(stage, moving), habits.checkpointed)
         student = load(self.pair.student, self._config(number), form, self.ranks)
         training = Training(student, stage, objective, feed, self.ranks, habits.batch_size)
@@ -106,44 +107,47 @@ class Course:
         if not progress.check_ups:
             self._check_up(student, stage)
         self._train(number, stage, training, student)
-        if progress.stopped:
+        steps = self._steps_made()
+        if not steps:
+            self._save_progress()
             return
         live = self.pair.parent if self.parent and needs_parent(stage) else None
         flops = training_flops(live, self.pair.student, stage)
         speed = self._tokens_per_second(stage)
-        peak = matrix_flops(habits.dtype, self.ranks.device)
-        share = flops * speed / self.ranks.size / peak if flops else None
+        share = flops * speed / self.ranks.size / matrix_flops(habits.dtype, self.ranks.device) if flops else None
         outcome = StageOutcome(
             stage.name,
-            stage.num_steps,
-            stage.num_steps * stage.windows_per_step * stage.length,
+            steps,
+            steps * stage.windows_per_step * stage.length,
             stage.length,
             training.num_trained,
             round(progress.seconds, 2),
             round(speed, 1),
             share,
             _peak_memory(self.ranks.device),
-            drawn,
+            drawn(order[: steps * stage.windows_per_step], sources, stage.length),
         )
         progress.stages.append(outcome)
         progress.stage, progress.step = number + 1, 0
         progress.seconds, progress.warm_seconds, progress.warm_steps = 0.0, 0.0, 0
         self._save_progress()
 
-    def _feed(self, number: int, stage: TrainingStage, objective: Objective) -> tuple[Feed, list[Drawn]]:
-        """What the stage learns from, and where that comes from."""
+    def _feed(
+        self, number: int, stage: TrainingStage, objective: Objective
+    ) -> tuple[Feed, np.ndarray, list[tuple[str, int]]]:
+        """What the stage learns from, the order of its windows, and how many are of each text."""
         count, seed = stage.num_steps * stage.windows_per_step, self.habits.seed + number
         cache = self.material.cache
         if cache:
             order = repeated(count, cache.num_windows, np.random.default_rng(seed))
-            drawn = Drawn(str(cache.folder), count * stage.length, min(count, cache.num_windows) * stage.length)
-            return CachedFeed(cache, order, stage.losses, self.ranks.device), [drawn]
+            cached = CachedFeed(cache, order, stage.losses, self.ranks.device)
+            return cached, order, [(str(cache.folder), cache.num_windows)]
         path = self.folder.state / f"tokens-{self.ranks.rank}.npy"
         sources = self.recipe.sources(stage)
         corpus = build_corpus(sources, self.material.tokenizer, stage.length, count, seed, path)
         parent = self.parent if needs_parent(stage) else None
         feed = LiveFeed(corpus, stage.losses, objective.asked, parent, self.head, self.ranks.device)
-        return feed, corpus.drawn
+        return feed, corpus.order, corpus.sources
 
     def _train(self, number: int, stage: TrainingStage, training: Training, student: Model) -> None:
         progress = self.progress
@@ -161,7 +165,6 @@ class Course:
             if done.broken is not None:
                 where = f"step {done.broken + 1:,} of stage {stage.name}"
                 progress.stopped = f"the loss is not a number at {where}; lower its learning_rate"
-                self._save_progress()
                 return
             self._note(done, done_before, tokens_before)
             step = done.point.step
@@ -176,10 +179,11 @@ class Course:
                 progress.checkpoint = name
                 if step in examined:
                     self._check_up(student, stage)
+                if progress.stopped:
+                    return
                 self._save_progress()
                 checkpoints.forget(self.folder.state, name, self.ranks)
-            if progress.stopped:
-                return
+                self._forget_students()
             since = time.monotonic()
 
     def _speed(self, stage: TrainingStage) -> str:
@@ -191,11 +195,15 @@ class Course:
     def _tokens_per_second(self, stage: TrainingStage) -> float:
         """So far in this stage, over all ranks."""
         progress = self.progress
-        done = progress.curve[-1].step - sum(outcome.num_steps for outcome in progress.stages)
         steps, seconds = progress.warm_steps, progress.warm_seconds
         if not steps:
-            steps, seconds = done, progress.seconds
+            steps, seconds = self._steps_made(), progress.seconds
         return steps * stage.windows_per_step * stage.length / seconds
+
+    def _steps_made(self) -> int:
+        """So far in this stage."""
+        curve = self.progress.curve
+        return (curve[-1].step if curve else 0) - sum(outcome.num_steps for outcome in self.progress.stages)
 
     def _note(self, done: Done, steps_before: int, tokens_before: int) -> None:
         point = done.point
@@ -220,9 +228,7 @@ class Course:
             progress.stopped = regression(progress.check_ups, self.measure, self.habits.patience)
 
     def _write_student(self, student: Model, step: int) -> None:
-        best = self.progress.check_ups[best_of(self.progress.check_ups, self.measure)].step
-        folder = self.folder.path / STUDENTS
-        out = folder / f"step-{step}"
+        out = self.folder.path / STUDENTS / f"step-{step}"
         if self.ranks.is_first:
             shutil.rmtree(out, ignore_errors=True)
             out.mkdir(parents=True)
@@ -233,8 +239,15 @@ class Course:
             config = self._config(self.progress.stage).to_dict()
             fields = {name: value for name, value in config.items() if name in POSITIONS}
             write_tuned(self.pair.student, weights, out, fields)
-            for path in folder.iterdir():
-                if path.name not in (f"step-{best}", out.name):
+
+    def _forget_students(self) -> None:
+        """Delete all but the best and the latest, by the progress on disk: a killed run measures again what came later,
+        and may find another best."""
+        found = self.progress.check_ups
+        kept = {f"step-{check_up.step}" for check_up in (found[best_of(found, self.measure)], found[-1])}
+        if self.ranks.is_first:
+            for path in (self.folder.path / STUDENTS).glob("*"):
+                if path.name not in kept:
                     shutil.rmtree(path)
 
     def _config(self, number: int) -> Any:
@@ -243,6 +256,8 @@ class Course:
         for stage in self.recipe.stages[: number + 1]:
             if stage.rope:
                 config.rope_parameters = config.rope_parameters | stage.rope
+                # Notes which context is stretched, before it is longer.
+                config.standardize_rope_params()
                 config.max_position_embeddings = max(config.max_position_embeddings, stage.length)
         return config
 
@@ -254,9 +269,11 @@ class Course:
     def _answers(self) -> Answers:
         domains = self.material.domains
         path = self.folder.state / f"answers-{self.ranks.rank}-of-{self.ranks.size}.safetensors"
-        hidden = load_file(path) if path.is_file() else ask_parent(domains, self.parent or self._ask(), self.ranks)
-        if not path.is_file():
-            save_file(hidden, path)
+        # A parent that is spread over ranks is asked by all of them or by none.
+        held = all(self.ranks.gather(path.is_file()))
+        hidden = load_file(path) if held else ask_parent(domains, self.parent or self._ask(), self.ranks)
+        if not held:
+            write_atomically(path, save(hidden))
         return Answers(domains, hidden, self.head, self.ranks)
 
     def _save_progress(self) -> None:

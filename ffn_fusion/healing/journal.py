@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ffn_fusion.core.heal_records import CheckUp, TrainingPoint
+from ffn_fusion.folder import write_atomically
 
 METRICS = "metrics.jsonl"
 BOARD = "tensorboard"
@@ -21,9 +22,10 @@ class Journal:
             return
         self._path = folder / METRICS
         last = curve[-1].step if curve else -1
-        lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.is_file() else []
+        # The last line may have been cut; a whole one has an end.
+        lines = self._path.read_text(encoding="utf-8").split("\n")[:-1] if self._path.is_file() else []
         kept = [line for line in lines if json.loads(line)["step"] <= last]
-        self._path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        write_atomically(self._path, "".join(f"{line}\n" for line in kept))
         self._board = _board(folder / BOARD, last)
 
     def add(self, point: TrainingPoint) -> None:

@@ -17,7 +17,7 @@ from ffn_fusion.core.heal_records import TrainingPoint
 from ffn_fusion.core.topk import TopK
 from ffn_fusion.healing.feeds import Batch, Feed
 from ffn_fusion.healing.ranks import Ranks
-from ffn_fusion.healing.sharded import Model, Pass, trained_parameters
+from ffn_fusion.healing.sharded import Model, Pass
 
 BETAS = (0.9, 0.95)
 IGNORED = -1
@@ -115,7 +115,7 @@ class Training:
         self.student, self.stage, self.objective, self.feed, self.ranks = student, stage, objective, feed, ranks
         self._own = ranks.share(stage.windows_per_step)
         self._batch_size = batch_size
-        self._parameters = trained_parameters(student)
+        self._parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
         decay = stage.weight_decay
         self.optimizer = torch.optim.AdamW(self._parameters, betas=BETAS, weight_decay=decay, fused=True)
 

@@ -162,7 +162,3 @@ def whole_weights(model: Model, names: Iterable[str]) -> Iterator[tuple[str, Ten
     cast(FSDPModule, model).reshard()
     for name in names:
         yield name, whole(model.model.get_parameter(name))
-
-
-def trained_parameters(model: nn.Module) -> Iterable[nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]

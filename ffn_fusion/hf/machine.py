@@ -36,8 +36,8 @@ def pick_dtype(machine: Machine, checkpoint: Checkpoint) -> torch.dtype:
     return max(set(stored), key=stored.count)
 
 
-def training_dtype(machine: Machine, checkpoint: Checkpoint) -> torch.dtype:
-    """`pick_dtype` where gradients are computed; `UserError` if it is float16."""
+def pick_training_dtype(machine: Machine, checkpoint: Checkpoint) -> torch.dtype:
+    """The same for a stage that trains; `UserError` for float16."""
     dtype = pick_dtype(machine, checkpoint)
     if dtype == torch.float16:
         raise UserError("gradients leave the range of float16; use --dtype bf16 or fp32")

@@ -22,7 +22,7 @@ from ffn_fusion.folder import RECORD, Environment, Record, StageFolder, run_stag
 from ffn_fusion.healing.answers import log_probability
 from ffn_fusion.healing.examples import Example, digest, read_examples, split
 from ffn_fusion.healing.tuned import write_card, write_tuned
-from ffn_fusion.hf.machine import device_map, pick_device, training_dtype, where
+from ffn_fusion.hf.machine import device_map, pick_device, pick_training_dtype, where
 from ffn_fusion.hf.model import ModelFolder
 from ffn_fusion.hf.provenance import texts_behind
 from ffn_fusion.hf.resolve import load_tokenizer, resolve_model
@@ -73,12 +73,12 @@ def align(
         Seed that chooses the held-out records, the order of the others, and adapters.
     """
     source = resolve_model(model)
-    dtype = training_dtype(machine, source.checkpoint)
+    dtype = pick_training_dtype(machine, source.checkpoint)
     context = int(source.config.max_position_embeddings)
     length = length or min(LENGTH, context)
     if length > context:
         raise UserError(f"--length {length:,} is longer than the model's context of {context:,} tokens")
-    _check(machine)
+    _check_device(machine)
     machine = _own_device(machine)
     tokenizer = load_tokenizer(source, machine.trust_remote_code)
     found = read_examples(data, method, tokenizer)
@@ -178,7 +178,7 @@ class _Job:
             ]
 
 
-def _check(machine: Machine) -> None:
+def _check_device(machine: Machine) -> None:
     if pick_device(machine).index not in (None, 0):
         raise UserError("align trains on the first GPU that it sees; choose it with CUDA_VISIBLE_DEVICES")
 

@@ -14,7 +14,7 @@ from ffn_fusion.errors import UserError
 from ffn_fusion.folder import Environment, Record, StageFolder, read_record, run_stage
 from ffn_fusion.hf.blockwise import Distillation, TrainedUnit, Training
 from ffn_fusion.hf.library import CONTRIBUTIONS, Library, open_library, parent_key
-from ffn_fusion.hf.machine import pick_device, training_dtype, where
+from ffn_fusion.hf.machine import pick_device, pick_training_dtype, where
 from ffn_fusion.hf.model import ModelFolder
 from ffn_fusion.hf.resolve import load_tokenizer, read_plan, resolve_model
 from ffn_fusion.hf.surgery import Norm
@@ -68,7 +68,7 @@ def bld(
     parent = resolve_model(model)
     wanted = wanted_blocks(blocks, parent)
     start = open_library(library, parent, norm, channel_steps)
-    dtype = training_dtype(machine, parent.checkpoint)
+    dtype = pick_training_dtype(machine, parent.checkpoint)
     sample = read_windows(text, load_tokenizer(parent, machine.trust_remote_code), windows, "fit")
     training = Training(epochs, learning_rate, text.seed)
     inputs = {

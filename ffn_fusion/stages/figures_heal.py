@@ -27,11 +27,8 @@ def domains(name: str, check_ups: Sequence[CheckUp], measure: Measure, best: int
             axes.errorbar(tokens, means, yerr=whiskers(values), color=colour, elinewidth=0.8, linewidth=1.3)
             axes.plot(tokens, means, color=colour, marker=mark, markersize=4, linewidth=0, label=domain)
         axes.axvline(tokens[best], color=MUTED, linewidth=0.8, linestyle=":")
-        axes.xaxis.set_major_formatter(EngFormatter())
-        axes.set_xlabel("tokens trained on")
-        axes.set_ylabel("KL to parent (nats a token)" if measure == "kl" else "negative log-likelihood (nats a token)")
-        axes.grid(axis="y")
-        figure.legend(loc="outside upper left", ncols=3, handletextpad=0.4, columnspacing=1.2)
+        what = "KL to parent" if measure == "kl" else "negative log-likelihood"
+        _label(figure, axes, f"{what} (nats a token)")
 
     return render(name, 3.4, paint)
 
@@ -47,11 +44,7 @@ def losses(name: str, curve: Sequence[TrainingPoint]) -> str:
             points = [(point.num_tokens, point.losses[loss]) for point in curve if loss in point.losses]
             tokens, values = zip(*points, strict=True)
             axes.plot(tokens, values, color=COLOURS[index % len(COLOURS)], linewidth=1.1, label=loss)
-        axes.xaxis.set_major_formatter(EngFormatter())
-        axes.set_xlabel("tokens trained on")
-        axes.set_ylabel("training loss, a token")
-        axes.grid(axis="y")
-        figure.legend(loc="outside upper left", ncols=3, handletextpad=0.4, columnspacing=1.2)
+        _label(figure, axes, "training loss, a token")
 
     return render(name, 3.0, paint)
 
@@ -61,6 +54,15 @@ def _log(axes: Axes) -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _label(figure: Figure, axes: Axes, ylabel: str) -> None:
+    """Tokens along the bottom, and above it the name of each line."""
+    axes.xaxis.set_major_formatter(EngFormatter())
+    axes.set_xlabel("tokens trained on")
+    axes.set_ylabel(ylabel)
+    axes.grid(axis="y")
+    figure.legend(loc="outside upper left", ncols=3, handletextpad=0.4, columnspacing=1.2)
 
 
 def rows(result: HealResult) -> list[tuple[str, list[tuple[str, str]]]]:

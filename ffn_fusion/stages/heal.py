@@ -22,7 +22,7 @@ from ffn_fusion.healing.given import Habits, Material, Pair
 from ffn_fusion.healing.ranks import Ranks, joined
 from ffn_fusion.healing.teacher_cache import open_cache
 from ffn_fusion.hf.checkpoint import fingerprint
-from ffn_fusion.hf.machine import pick_device, training_dtype, where
+from ffn_fusion.hf.machine import pick_device, pick_training_dtype, where
 from ffn_fusion.hf.model import PLAN_FILE, ModelFolder
 from ffn_fusion.hf.provenance import texts_behind
 from ffn_fusion.hf.resolve import load_tokenizer, resolve_model
@@ -107,12 +107,13 @@ def heal(
     tokenizer = _common_tokenizer(source, target, machine.trust_remote_code)
     pair = Pair(source, target, _plan(source, target))
     _check(pair, recipe)
-    dtype = training_dtype(machine, target.checkpoint)
+    dtype = pick_training_dtype(machine, target.checkpoint)
     compiled = pick_device(machine).type == "cuda" if compile is None else compile
     habits = Habits(dtype, machine.batch_size, check_ups, save_every, patience, compiled, gradient_checkpointing, seed)
     cache = open_cache(teacher, source, machine.trust_remote_code) if teacher else None
-    for stage in recipe.stages:
-        check_cache(cache, stage, pair.objective(stage).asked) if cache else None
+    if cache:
+        for stage in recipe.stages:
+            check_cache(cache, stage, pair.objective(stage).asked)
     domains = read_domains(recipe.domains, tokenizer, domain_windows, domain_length, column)
     texts = {source.text for stage in recipe.stages for source in recipe.sources(stage)}
     inputs = {
@@ -120,7 +121,7 @@ def heal(
         "student": target.fingerprint,
         "recipe": asdict(recipe),
         "text": {name: _state_of(name) for name in sorted(texts)},
-        "teacher": str(fingerprint(sorted(teacher.glob("*")))) if teacher else None,
+        "teacher": fingerprint(teacher.glob("*")) if teacher else None,
         "domains": {each.name: each.digest for each in domains},
         "dtype": str(dtype),
         "seed": seed,

@@ -1,6 +1,5 @@
 """`run`: the main job, every stage in order with one dial; the one stage that calls others."""
 
-import time
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,8 @@ from cyclopts import Parameter
 from ffn_fusion.core.plan import Plan
 from ffn_fusion.core.search_records import Objective
 from ffn_fusion.errors import UserError
-from ffn_fusion.hf.machine import pick_device, pick_dtype, training_dtype
+from ffn_fusion.healing.flops import matrix_flops
+from ffn_fusion.hf.machine import pick_device, pick_dtype, pick_training_dtype
 from ffn_fusion.hf.model import ModelFolder
 from ffn_fusion.hf.resolve import resolve_model
 from ffn_fusion.settings import (
@@ -129,7 +129,7 @@ def run(
     if (objective == "task") != bool(tasks.tasks):
         raise UserError("--objective task and --tasks go together; give both or neither")
     if heal_by or bld_epochs:
-        training_dtype(machine, parent.checkpoint)  # refused before hours of searching
+        pick_training_dtype(machine, parent.checkpoint)  # refused before hours of searching
     recipe = read_recipe(heal_by).scaled(heal_scale, None) if heal_by else None
     num_changes = len(changes_of(parent, space)) if limits.given else 0
     if dry_run:
@@ -245,7 +245,8 @@ def forecast(
     dtype, device = pick_dtype(machine, parent.checkpoint), pick_device(machine)
     parameters = sum(torch.Size(spec.shape).numel() for spec in parent.checkpoint.specs.values())
     size = sum(spec.num_bytes for spec in parent.checkpoint.specs.values())
-    seconds_per_token = 2 * parameters / _measured_flops(dtype, device)
+    # Attention, norms and small products keep a model at about half of what a product reaches.
+    seconds_per_token = 2 * parameters / (0.5 * matrix_flops(dtype, device))
     measured, layers = windows * text.length, parent.num_layers
     tokens = {
         "analyze": measured * layers * 2,
@@ -265,18 +266,6 @@ def forecast(
     lines.append(f"disk     {students * size / 1e9:.1f} GB for {students} student(s)")
     lines.append(f"memory   about {(2 * size + logits) / 1e9 + 1:.1f} GB (parent, one student, parent's predictions)")
     return "\n".join(lines)
-
-
-def _measured_flops(dtype: torch.dtype, device: torch.device) -> float:
-    a = torch.randn(1024, 1024, device=device).to(dtype)
-    for _ in range(3):
-        a @ a
-    start = time.perf_counter()
-    for _ in range(20):
-        b = a @ a
-    float(b[0, 0])
-    # Attention, norms and small products keep a model at about half of what a product reaches.
-    return 0.5 * 20 * 2 * 1024**3 / (time.perf_counter() - start)
 
 
 def _minutes(seconds: float) -> str:

@@ -273,6 +273,9 @@ class _Cost:
     def decode_bytes(self, batch_size: int, context: int) -> int:
         return 1000
 
+    def decode_flops(self, batch_size: int) -> float:
+        return 2000.0
+
 
 def test_cost_of_a_token_names_both_comparators(shape: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fixed(step: DecodeStep, *_: object) -> float:

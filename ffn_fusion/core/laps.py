@@ -7,6 +7,8 @@ from ffn_fusion.core.bench_records import BenchModel, BenchRow, Failure, Lap, Ra
 from ffn_fusion.core.cost import Cost
 from ffn_fusion.core.cost_table import Scenario
 
+NOT_BEGUN = "not begun: --time-limit was reached"
+
 
 @dataclass(frozen=True)
 class Subject:

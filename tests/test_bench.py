@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -227,6 +228,41 @@ def test_an_engine_that_fails_or_hangs_spares_the_other_rows(
     missing = {"": set(), "start": {("searched", 1), ("searched", 2)}, "hang": {("searched", 2)}}
     every = {(step, batch) for step in ("parent", "searched", "fused") for batch in (1, 2)}
     assert every - timed.keys() == missing[fails]
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="processes are looked up in /proc")
+def test_an_engine_that_dies_between_questions_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "engine.py").write_text(
+        "import subprocess, sys\n"
+        "child = subprocess.Popen(['sleep', '60'], stdin=subprocess.DEVNULL)\n"
+        "sys.stdin.close()\n"
+        "print('{}', flush=True)\n"
+        "sys.exit('RuntimeError: it broke')\n"
+    )
+    contest: Any = SimpleNamespace(python=sys.executable, script=tmp_path / "engine.py", timeout=20)
+    engine = latency.Process(contest, {}, tmp_path)
+    engine.child.wait()
+    assert is_running(engine.child.pid)
+    with pytest.raises(latency.EngineError, match="it broke"):
+        engine.ask(1, 8, 4)
+    deadline = time.monotonic() + 10
+    while is_running(engine.child.pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def is_running(group: int) -> bool:
+    """Whether a group has processes that have not ended; a zombie has."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, own = stat.read_text().rpartition(")")[2].split()[:3]
+        except OSError:  # ended meanwhile
+            continue
+        if int(own) == group and state != "Z":
+            return True
+    return False
 
 
 def test_engines_in_turn_say_what_they_had_no_time_for(

@@ -106,6 +106,7 @@ class Process:
             self.child.stdin.write(json.dumps(asked) + "\n")
             self.child.stdin.flush()
         except OSError:
+            self.end()
             raise EngineError(self._reason()) from None
         timed = self._answer("gave no answer")
         return timed["prefill_ms"], timed["decode_ms"]

@@ -2,8 +2,8 @@
 # Every figure on speed of docs/results: FFNs alone, shapes in our engine and in vLLM, the latency model, and the fused builtin
 # model in its engines. Each figure has a time limit of its own, and what fails leaves the others alone.
 #
-#   benchmarks/speed.sh OUT one               on a machine with one GPU    (about 25 minutes on an H200)
-#   benchmarks/speed.sh OUT two               on a machine with two        (about 25 minutes)
+#   benchmarks/speed.sh OUT one               on a machine with one GPU    (at most 83 minutes by its limits, 100 with MODEL)
+#   benchmarks/speed.sh OUT two               on a machine with two        (at most 51 minutes)
 #   benchmarks/speed.sh OUT cpu MODEL STUDENT on a CPU: torch, and llama.cpp where LLAMA_PYTHON names a Python that has it
 #   benchmarks/speed.sh OUT fit               anywhere, after the others: latency model and page from all records in OUT
 #
@@ -80,10 +80,11 @@ cpu)
     ;;
 fit)
     for engine in on vllm; do
-        found=$(ls -d "$out"/*b-"$engine"-tp* "$out"/49b-tp* 2>/dev/null | grep -v again)
-        [ "$engine" = vllm ] && found=$(ls -d "$out"/*-vllm-tp* 2>/dev/null)
+        # Of finished ones: the folder of a failed one holds no record.
+        found=$(ls "$out"/*b-"$engine"-tp*/record.json "$out"/49b-tp*/record.json 2>/dev/null | grep -v again)
+        [ "$engine" = vllm ] && found=$(ls "$out"/*-vllm-tp*/record.json 2>/dev/null)
         # shellcheck disable=SC2086
-        run "latency-$engine" 60 latency $found
+        run "latency-$engine" 60 latency ${found//\/record.json/}
     done
     python3 -m ffn_fusion report "$out" --out "$out/report.html"
     ;;

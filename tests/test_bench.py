@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from ffn_fusion.speed.ranks import Ranks
 from ffn_fusion.speed.sublayers import Rank
 from ffn_fusion.stages import timekeeper
 from ffn_fusion.stages.bench import bench
+from ffn_fusion.stages.entrants import cost_of, of_shape, read_shape
 
 Parents = Callable[[str], Path]
 CALL: dict[str, Any] = {"batch_sizes": (1, 2), "prompt_lengths": (8,), "new_tokens": 4, "repeats": 2}
@@ -231,6 +233,79 @@ def test_an_engine_that_fails_or_hangs_spares_the_other_rows(
     assert every - timed.keys() == missing[fails]
 
 
+@pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="processes are looked up in /proc")
+def test_an_engine_that_dies_between_questions_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "engine.py").write_text(
+        "import subprocess, sys\n"
+        "child = subprocess.Popen(['sleep', '60'], stdin=subprocess.DEVNULL)\n"
+        "sys.stdin.close()\n"
+        "print('{}', flush=True)\n"
+        "sys.exit('RuntimeError: it broke')\n"
+    )
+    contest: Any = SimpleNamespace(python=sys.executable, script=tmp_path / "engine.py", timeout=20)
+    engine = latency.Process(contest, {}, tmp_path)
+    engine.child.wait()
+    assert is_running(engine.child.pid)
+    with pytest.raises(latency.EngineError, match="it broke"):
+        engine.ask(1, 8, 4)
+    deadline = time.monotonic() + 10
+    while is_running(engine.child.pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def is_running(group: int) -> bool:
+    """Whether a group has processes that have not ended; a zombie has."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, own = stat.read_text().rpartition(")")[2].split()[:3]
+        except OSError:  # ended meanwhile
+            continue
+        if int(own) == group and state != "Z":
+            return True
+    return False
+
+
+def test_engines_in_turn_say_what_they_had_no_time_for(
+    shape: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a device that has room for one of three, the first takes all the time."""
+    (tmp_path / "engine.py").write_text(f"FAILS = ''\n{ENGINE}")
+    monkeypatch.setattr(latency.Contest, "script", tmp_path / "engine.py")
+    monkeypatch.setattr(latency, "copy_bandwidth", lambda _: 1e12)
+    memory = SimpleNamespace(total_memory=int(1.2 * latency.OVERHEAD))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: memory)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    seconds = iter([0.0, 1.0, 1.0])
+    monkeypatch.setattr(latency, "time", SimpleNamespace(monotonic=lambda: next(seconds, 9.0)))
+    models = [entrant.folder for entrant in of_shape(shape, read_shape(shape), PLAN, tmp_path / "models")]
+    contest = latency.Contest(
+        engine="vllm",
+        python=sys.executable,
+        folders=models,
+        costs=[cost_of(model, torch.bfloat16) for model in models],
+        random=True,
+        dtype=torch.bfloat16,
+        fp8=False,
+        ranks=1,
+        scenarios=[(1, 8), (2, 8)],
+        new_tokens=4,
+        repeats=2,
+        timeout=20,
+        time_limit=5,
+        device=torch.device("cuda"),
+    )
+    latency.hold_contest(contest, tmp_path / "laps.jsonl")
+    site, laps = race.read_laps(tmp_path / "laps.jsonl")
+    assert site
+    assert site.reasons == ["", "", ""]
+    late = "not begun: --time-limit was reached"
+    assert [lap.reasons for lap in laps] == [["", late, late]] * 2
+    assert all(latency.ALONE in timed.how for lap in laps for timed in lap.timed if timed)
+
+
 def test_ranks_that_hang_leave_the_laps_that_they_made(
     shape: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -275,6 +350,9 @@ class _Cost:
 
     def decode_bytes(self, batch_size: int, context: int) -> int:
         return 1000
+
+    def decode_flops(self, batch_size: int) -> float:
+        return 2000.0
 
 
 def test_cost_of_a_token_names_both_comparators(shape: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

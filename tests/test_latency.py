@@ -79,8 +79,7 @@ def test_benches_are_fitted_and_the_papers_rates_predicted(tmp_path: Path) -> No
     assert result.worst_error < 1e-3
     assert [p.published_tokens_per_s for p in result.predictions[: len(PAPER)]] == [p.tokens_per_s for p in PAPER]
     parent, before, fused = result.predictions[:3]
-    assert parent.work.syncs, before.work.syncs == (252, 190)
-    assert fused.work.syncs == 145
+    assert (parent.work.syncs, before.work.syncs, fused.work.syncs) == (252, 190, 145)
     assert before.ms - fused.ms == pytest.approx(45 * (COSTS.per_launch + COSTS.per_sync), rel=1e-2)
     # 403.7 of 405.8 B parameters are read, an eighth on each device, in one byte.
     assert parent.work.gigabytes == pytest.approx(50.5, rel=1e-2)

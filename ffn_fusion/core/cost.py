@@ -119,3 +119,8 @@ class Cost:
         """Least bytes that one decode step moves: every weight once, every cached key and value once."""
         weights = (self.num_parameters - self.embedding_parameters) * self.bytes_per_value
         return weights + batch_size * context * self.kv_bytes_per_token
+
+    def decode_flops(self, batch_size: int) -> float:
+        """Products with weights in one decode step, two operations a weight and sequence; those of attentions are not
+        counted."""
+        return 2.0 * batch_size * (self.num_parameters - self.embedding_parameters)

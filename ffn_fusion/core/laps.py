@@ -7,6 +7,8 @@ from ffn_fusion.core.bench_records import BenchModel, BenchRow, Failure, Lap, Ra
 from ffn_fusion.core.cost import Cost
 from ffn_fusion.core.cost_table import Scenario
 
+NOT_BEGUN = "not begun: --time-limit was reached"
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -37,12 +39,12 @@ def models_of(subjects: Sequence[Subject], site: Site, split: Split) -> list[Ben
 
 def _model(subject: Subject, site: Site, held: float | None, split: Split) -> BenchModel:
     cost = subject.cost
+    per_token = cost.kv_bytes_per_token
     room = None if site.device_gb is None else site.device_gb * 1e9 * split.devices - cost.weight_bytes
-    fits = room is not None and cost.kv_bytes_per_token
     return BenchModel(
         model=subject.name,
         num_parameters=cost.num_parameters,
-        kv_bytes_per_token=cost.kv_bytes_per_token,
+        kv_bytes_per_token=per_token,
         num_blocks=len(cost.blocks),
         num_attentions=cost.num_attentions,
         num_sublayers=cost.num_sublayers,
@@ -50,7 +52,7 @@ def _model(subject: Subject, site: Site, held: float | None, split: Split) -> Be
         plan=subject.plan,
         weight_bytes=cost.weight_bytes,
         kv_bytes_measured=None if held is None else held * split.slices,
-        tokens_that_fit=max(int(room // cost.kv_bytes_per_token), 0) if room is not None and fits else None,
+        tokens_that_fit=max(int(room // per_token), 0) if room is not None and per_token else None,
     )
 
 
@@ -85,7 +87,7 @@ def _rows(subjects: Sequence[Subject], site: Site, lap: Lap, new_tokens: int, sp
             ratio=ratio if timed is not parent else None,
             fusion=Ratio.of(searched.decode_ms, timed.decode_ms) if searched else None,
             step_bytes=moved,
-            step_flops=2.0 * lap.batch_size * (cost.num_parameters - cost.embedding_parameters) / split.devices,
+            step_flops=cost.decode_flops(lap.batch_size) / split.devices,
             all_reduces=cost.num_sublayers if split.ranks > 1 else 0,
             kernels=timed.kernels,
             joules=timed.joules,

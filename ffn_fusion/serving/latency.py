@@ -19,6 +19,7 @@ import torch
 
 from ffn_fusion.core.bench_records import Lap, Site, Timed
 from ffn_fusion.core.cost import Cost
+from ffn_fusion.core.laps import NOT_BEGUN
 from ffn_fusion.errors import UserError
 from ffn_fusion.hf.model import ModelFolder, copy_companions, student_config
 from ffn_fusion.progress import track
@@ -105,6 +106,7 @@ class Process:
             self.child.stdin.write(json.dumps(asked) + "\n")
             self.child.stdin.flush()
         except OSError:
+            self.end()
             raise EngineError(self._reason()) from None
         timed = self._answer("gave no answer")
         return timed["prefill_ms"], timed["decode_ms"]
@@ -166,7 +168,9 @@ def hold_contest(contest: Contest, answer: Path) -> None:
                 append_answer(answer, "site", site)
             for scenario in scenarios:
                 if time.monotonic() - start > contest.time_limit:
-                    break
+                    for index in turn:
+                        columns[scenario][index].reason = NOT_BEGUN
+                    continue
                 _lap(contest, scenario, engines, columns[scenario])
                 if together:
                     append_answer(answer, "lap", _finished(contest, scenario, columns[scenario], ""))

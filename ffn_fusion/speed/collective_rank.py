@@ -2,14 +2,14 @@
 
 import json
 import sys
-import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from ffn_fusion.errors import UserError
 from ffn_fusion.speed.ranks import joined
+from ffn_fusion.speed.timing import Repeated, elapsed_ms
 
 REPEATS = 20
 CHAIN = 20
@@ -34,45 +34,12 @@ def measure(name: str, shape: list[int], dtype: torch.dtype, device: torch.devic
             else:
                 dist.all_gather(parts, values)
 
-    timed = _graphed(chain) if device.type == "cuda" else _plain(chain)
-    return [timed() / CHAIN for _ in range(REPEATS)]
-
-
-def _plain(chain: Callable[[], None]) -> Callable[[], float]:
-    def timed() -> float:
-        dist.barrier()
-        start = time.perf_counter()
-        chain()
-        return (time.perf_counter() - start) * 1e3
-
-    timed()
-    return timed
-
-
-def _graphed(chain: Callable[[], None]) -> Callable[[], float]:
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        chain()  # NCCL sets up its connections outside of the graph
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    # NCCL's watchdog thread asks for events meanwhile, which the global mode forbids.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        chain()
-
-    def timed() -> float:
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        # The first replay brings the ranks together.
-        graph.replay()
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        return float(begin.elapsed_time(end))
-
-    timed()
-    return timed
+    step = Repeated(device, chain)
+    step.prepare()
+    if step.note:
+        raise UserError(step.note)
+    # A chain before the clock starts brings the ranks together, and keeps a GPU busy while the next is queued.
+    return [elapsed_ms(step, meet=step.run) / CHAIN for _ in range(REPEATS)]
 
 
 if __name__ == "__main__":

@@ -123,7 +123,12 @@ def joined(order: Mapping[str, Any]) -> Iterator[Ranks]:
     else:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // number))
     dist.init_process_group(
-        "nccl" if on_gpu else "gloo", init_method=f"file://{order['store']}", rank=index, world_size=number
+        "nccl" if on_gpu else "gloo",
+        init_method=f"file://{order['store']}",
+        rank=index,
+        world_size=number,
+        # NCCL connects at once, and a barrier has not to guess which GPU is this rank's.
+        device_id=device if on_gpu else None,
     )
     try:
         yield Ranks(Rank(index, number), device)

@@ -103,10 +103,9 @@ def _cost(name: str, step: str, bytes_per_value: int) -> Cost:
 
 
 def _work(cost: Cost, ranks: int, batch_size: int, context: int) -> Work:
-    flops = 2.0 * batch_size * (cost.num_parameters - cost.embedding_parameters)
     return Work(
         gigabytes=cost.decode_bytes(batch_size, context) / ranks / 1e9,
         launches=cost.num_sublayers + 1,
         syncs=cost.num_sublayers if ranks > 1 else 0,
-        teraflops=flops / ranks / 1e12,
+        teraflops=cost.decode_flops(batch_size) / ranks / 1e12,
     )

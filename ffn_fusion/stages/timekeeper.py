@@ -9,7 +9,7 @@ import torch
 
 from ffn_fusion.core.bench_records import BenchResult
 from ffn_fusion.core.cost import Cost
-from ffn_fusion.core.laps import Split, Subject, failures_of, models_of, rows_of
+from ffn_fusion.core.laps import NOT_BEGUN, Split, Subject, failures_of, models_of, rows_of
 from ffn_fusion.errors import UserError
 from ffn_fusion.hf.machine import device_map, pick_device
 from ffn_fusion.serving.latency import Contest, hold_contest
@@ -74,7 +74,7 @@ class Timekeeper:
         counted = [replace(cost, bytes_per_value=1) if self.fp8 else cost for cost in costs]
         subjects = [Subject(m.name, m.step, m.plan, cost) for m, cost in zip(models, counted, strict=True)]
         site, laps = read_laps(answer)
-        failures = failures_of(subjects, site, laps, self.scenarios, fault or "not begun: --time-limit was reached")
+        failures = failures_of(subjects, site, laps, self.scenarios, fault or NOT_BEGUN)
         rows = rows_of(subjects, site, laps, self.new_tokens, self.split) if site else []
         if site is None or not rows:
             raise UserError(fault or "; ".join(map(str, failures)))

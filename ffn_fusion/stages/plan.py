@@ -20,7 +20,7 @@ from ffn_fusion.speed.stacks import facts_of
 
 PRICES = (
     ("decode_ms", "decode step", "ms", 1),
-    ("request_ms", "request", "ms", 1),
+    ("request_ms", "request", "s", 1e3),
     ("memory_bytes", "weights and cache", "GB", 1e9),
     ("kv_bytes", "cache", "kB a token", 1e3),
 )

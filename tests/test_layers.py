@@ -1,4 +1,5 @@
-"""The import rule: core <- hf <- tasks, healing, speed <- serving <- stages <- cli, stages apart; no cycles."""
+"""The import rule: core <- hf <- tasks, healing, speed <- serving <- stages <- cli, page between core and stages,
+stages apart; no cycles."""
 
 import ast
 from pathlib import Path
@@ -14,7 +15,8 @@ MAY_IMPORT = {
     "speed": {"speed", "hf", "core"} | FREE,
     "serving": {"serving", "speed", "hf", "core"} | FREE,
     "healing": {"healing", "hf", "core"} | FREE,
-    "stages": {"healing", "speed", "tasks", "serving", "hf", "core"} | FREE,
+    "page": {"page", "core", "errors", "folder"},
+    "stages": {"page", "healing", "speed", "tasks", "serving", "hf", "core"} | FREE,
     "cli": {"errors"},
     "__main__": {"cli"},
     "__init__": set(),
@@ -25,12 +27,6 @@ MAY_IMPORT = {
     "errors": set(),
 }
 PARTS = {
-    "stages.report": {
-        *("stages.figures", "stages.figures_heal", "stages.figures_search", "stages.figures_speed", "stages.gather"),
-    },
-    "stages.figures_heal": {"stages.figures"},
-    "stages.figures_search": {"stages.figures"},
-    "stages.figures_speed": {"stages.figures"},
     "stages.search": {"stages.evidence", "stages.greedy", "stages.puzzle"},
     "stages.puzzle": {"stages.evidence"},
     "stages.bench": {"stages.entrants", "stages.timekeeper"},

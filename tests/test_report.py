@@ -29,7 +29,7 @@ from ffn_fusion.core.search_records import SearchResult, SearchStep
 from ffn_fusion.core.stats import Estimate
 from ffn_fusion.errors import UserError
 from ffn_fusion.folder import RECORD, Environment, Record
-from ffn_fusion.stages.figures import Cell, columns, strip
+from ffn_fusion.page.figures import Cell, columns, strip
 from ffn_fusion.stages.report import report
 
 PLAN = "A0F0 A1F1 -F2+3+4 A5F5"

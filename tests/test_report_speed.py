@@ -9,7 +9,7 @@ from ffn_fusion.core.bench_records import BenchModel, BenchResult, BenchRow, Fai
 from ffn_fusion.core.ffn_records import PLAIN, FfnResult, ffn_rows
 from ffn_fusion.core.latency import Costs, Fitted, LatencyResult, Work, predict
 from ffn_fusion.folder import Environment, run_stage
-from ffn_fusion.stages.figures_speed import waterfall
+from ffn_fusion.page.figures_speed import waterfall
 from ffn_fusion.stages.report import report
 
 STEPS = {"parent": 8.0, "searched": 7.0, "fused": 6.5}

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 
 from ffn_fusion.core.heal_records import CheckUp, HealResult, Measure, TrainingPoint
-from ffn_fusion.stages.figures import BLUE, GOLD, GREEN, GREY, INK, MUTED, RED, render, whiskers
+from ffn_fusion.page.figures import BLUE, GOLD, GREEN, GREY, INK, MUTED, RED, render, whiskers
 
 COLOURS, MARKS = (BLUE, RED, GREEN, GOLD, GREY, INK), "osD^vP"
 

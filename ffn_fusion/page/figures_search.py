@@ -14,7 +14,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 from ffn_fusion.core.comparison import Pair, Series, labels
 from ffn_fusion.core.search_records import GOALS
 from ffn_fusion.core.stats import Estimate
-from ffn_fusion.stages.figures import BLUE, GOLD, GREEN, GREY, INK, MUTED, RED, SHADES, plain_log, render, whiskers
+from ffn_fusion.page.figures import BLUE, GOLD, GREEN, GREY, INK, MUTED, RED, SHADES, plain_log, render, whiskers
 
 COLOURS, MARKS = (RED, GREEN, GOLD, GREY, INK), "sD^vPX"
 """Of rivals; the first series is a blue disc."""

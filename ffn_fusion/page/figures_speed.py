@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from ffn_fusion.core.bench_records import BenchResult, BenchRow
 from ffn_fusion.core.latency import LatencyResult
-from ffn_fusion.stages.figures import BLUE, GREEN, GREY, INK, MUTED, RED, SERIES, render, short
+from ffn_fusion.page.figures import BLUE, GREEN, GREY, INK, MUTED, RED, SERIES, render, short
 
 STEPS = {"parent": GREY, "searched": GREEN, "fused": RED}
 """What a waterfall goes through, and its colours."""

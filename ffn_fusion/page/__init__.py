@@ -1,0 +1,1 @@
+"""The page that `report` writes: records read, figures drawn, templates filled in."""

@@ -204,11 +204,14 @@ def test_a_killed_fuse_continues_and_gives_the_same_student(
 def test_ctrl_c_is_one_line_and_status_130(
     tiny_parent: Callable[[str], Path], texts: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-m", "ffn_fusion", "analyze", str(tiny_parent("llama")), "--out", tmp_path / "a"]
-    command += ["--text", texts[0], "--length", "16", "--windows", "160", "--batch-size", "1"]
-    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / ".a.partial" / "state" / "sums.json").exists():
-        time.sleep(0.002)
+    endless = "import time; from ffn_fusion import cli; from ffn_fusion.stages import analyze\n"
+    endless += "analyze._measure = lambda *_: (print('measuring', flush=True), time.sleep(600)); cli.main()"
+    command = [sys.executable, "-c", endless, "analyze", tiny_parent("llama"), "--out", tmp_path / "a"]
+    command += ["--text", texts[0], "--length", "16", "--windows", "4"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(list(map(str, command)), text=True, **pipes)
+    assert process.stdout
+    assert process.stdout.readline() == "measuring\n"
     process.send_signal(signal.SIGINT)
     _, err = process.communicate()
     assert process.returncode == 130

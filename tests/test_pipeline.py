@@ -204,7 +204,9 @@ def test_a_killed_fuse_continues_and_gives_the_same_student(
 def test_ctrl_c_is_one_line_and_status_130(
     tiny_parent: Callable[[str], Path], texts: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    endless = "import time; from ffn_fusion import cli; from ffn_fusion.stages import analyze\n"
+    # A shell lets what it starts in the background ignore the signal, and so would the child.
+    endless = "import signal, time; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    endless += "from ffn_fusion import cli; from ffn_fusion.stages import analyze\n"
     endless += "analyze._measure = lambda *_: (print('measuring', flush=True), time.sleep(600)); cli.main()"
     command = [sys.executable, "-c", endless, "analyze", tiny_parent("llama"), "--out", tmp_path / "a"]
     command += ["--text", texts[0], "--length", "16", "--windows", "4"]

@@ -8,6 +8,7 @@ import json
 import math
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,18 @@ class Trained:
     losses: list[StepLoss]
 
 
+@contextmanager
+def _without_a_trace() -> Iterator[None]:
+    """Around a call of a trainer: nothing is printed, and no memory stays taken."""
+    with quiet_transformers(), warnings.catch_warnings():
+        # Names that transformers 5.17 needs and 5.23 has others for.
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+    # Trainer and optimizer refer to each other, and would hold the device's memory until somebody looked.
+    gc.collect()
+
+
+@_without_a_trace()
 def train(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -53,22 +66,6 @@ def train(
 
     Under torchrun every rank calls this; the first one writes.
     """
-    with quiet_transformers(), warnings.catch_warnings():
-        # Names that transformers 5.17 needs and 5.23 has others for.
-        warnings.simplefilter("ignore", FutureWarning)
-        trained = _train(model, tokenizer, examples, course, state)
-    # Trainer and optimizer refer to each other, and would hold the device's memory until somebody looked.
-    gc.collect()
-    return trained
-
-
-def _train(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
-    course: Course,
-    state: Path,
-) -> Trained:
     num_steps = course.num_steps(len(examples))
     config = _config(course, num_steps, state / CHECKPOINTS, cpu=model.device.type == "cpu")
     datasets.disable_progress_bars()

@@ -1,12 +1,15 @@
 #!/bin/sh
 # How far healing brings a fused student back, and what each choice is worth. One GPU; parts run side by side.
-# benchmarks/healing.sh OUT MODEL TEXTS [PLAN]      TEXTS: the folder that benchmarks/mix.py made
+# benchmarks/healing.sh OUT MODEL TEXTS [PLAN [FASTER ...]]      TEXTS: the folder that benchmarks/mix.py made
 #
-# ONLY="speed main ..." picks parts: speed, main, unfused, plain, local, paper, tasks.
+# ONLY="speed main ..." picks parts: speed, rates, main, unfused, plain, local, paper, faster, tasks.
+# RATE, TOKENS: the learning rate of all runs, and how much text the main run and those of FASTER plans see.
 set -eu
 out=$1 model=$2 texts=$3
 plan=${4:-A0F0 A1F1 A2F2 A3F3 A4F4+5+6+7+8 A9F9 A10F10 A11F11+12 A13F13 A14F14 A15F15 A16F16+17 A18F18+19+20 A21F21+22 A23F23 A24F24+25+26 A27F27 A28F28+29}
-only=${ONLY:-speed main unfused plain local paper tasks}
+[ $# -gt 4 ] && shift 4 || shift $#
+only=${ONLY:-speed main unfused plain local paper faster tasks}
+rate=${RATE:-6.0e-4} tokens=${TOKENS:-30_000_000}
 run() { python3 -m ffn_fusion "$@"; }
 wanted() { case " $only " in *" $1 "*) true ;; *) false ;; esac; }
 mkdir -p "$out/recipes" "$out/logs"
@@ -16,21 +19,27 @@ recipe() { # NAME STAGES: the mix and the domains are the same for all
 domains: {prose: builtin:novels, knowledge: builtin:wikipedia, maths: builtin:maths, code: builtin:code,
           chat: builtin:dialogue, speeches: $texts/speeches.jsonl, brown: $texts/brown.jsonl}
 text:
-  - {text: $texts/chats.jsonl, column: messages, share: 3}
+  - {text: $texts/chats.jsonl, column: messages, share: 2}
   - {text: $texts/prose.jsonl, share: 1}
   - {text: $texts/manuals.jsonl, share: 1}
 stages:
 $2
 END
 }
-global="{name: global, tokens: 30_000_000, length: 1024, step_tokens: 65_536, learning_rate: 6.0e-4, losses: {kl: 1, cosine: 1}}"
-short=$(echo "$global" | sed 's/30_000_000/8_000_000/')
-recipe main "- $global"
-recipe short "- $short"
-recipe local "- {name: local, tokens: 2_000_000, length: 1024, step_tokens: 65_536, learning_rate: 6.0e-4, trains: neighbours, local: true, losses: {mse: 1}}
-- $(echo "$short" | sed 's/8_000_000/6_000_000/')"
-recipe paper "- $(echo "$short" | sed 's/8_000_000/6_000_000/; s/name: global/name: 1k/')
-- {name: 4k, tokens: 2_000_000, length: 4096, step_tokens: 65_536, learning_rate: 1.0e-4, losses: {kl: 1, cosine: 1}}"
+both="losses: {kl: 1, cosine: 1}"
+stage() { # NAME TOKENS RATE [MORE]
+    echo "- {name: $1, tokens: $2, length: 1024, step_tokens: 65_536, learning_rate: $3, ${4:-$both}}"
+}
+recipe main "$(stage global "$tokens" "$rate")"
+recipe short "$(stage global 8_000_000 "$rate")"
+recipe local "$(stage local 2_000_000 "$rate" 'trains: neighbours, local: true, losses: {mse: 1}')
+$(stage global 6_000_000 "$rate")"
+recipe paper "$(stage 1k 6_000_000 "$rate")
+$(stage 4k 2_000_000 1.0e-4 | sed 's/length: 1024/length: 4096/')"
+for each in 5.0e-4 1.0e-3 2.0e-3 4.0e-3; do
+    recipe "rate-$each" "$(stage global 3_000_000 $each)"
+done
+recipe kl-alone "$(stage global 3_000_000 1.0e-3 'losses: {kl: 1}')"
 
 fuse() { # NAME PLAN OPTION...
     name=$1 its=$2
@@ -42,17 +51,34 @@ heal() { # NAME STUDENT RECIPE
         > "$out/logs/healed-$1" 2>&1
 }
 fuse fused "$plan"
-wanted speed && python3 benchmarks/healing.py "$model" "$out/fused" --windows 64 --out "$out/speed.json"
+wanted speed && python3 benchmarks/healing.py "$model" "$out/fused" --windows 32 --steps 5 --out "$out/speed.json"
 unfused=$(python3 -c 'import sys; from ffn_fusion import Plan; print(Plan.parse(sys.argv[1]).unfused())' "$plan")
 wanted unfused && fuse unfused "$unfused"
 wanted plain && fuse plain "$plan" --calibrate none
+if wanted rates; then
+    for each in "$out"/recipes/rate-* "$out/recipes/kl-alone.yaml"; do
+        name=$(basename "$each" .yaml)
+        heal "$name" fused "$name" &
+    done
+    wait
+fi
 if wanted main; then heal main fused main & fi
 if wanted unfused; then heal unfused unfused short & fi
 if wanted plain; then (heal calibrated fused short; heal plain plain short) & fi
 if wanted local; then heal local fused local & fi
 if wanted paper; then heal paper fused paper & fi
+if wanted faster; then
+    for faster in "$@"; do
+        number=$((${number:-0} + 1))
+        (fuse "faster-$number" "$faster" && heal "faster-$number" "faster-$number" main) &
+    done
+fi
 wait
 if wanted tasks; then
-    run eval "$model" "$out/fused" "$out"/healed-* --windows 64 --tasks commonsense --out "$out/eval" --batch-size 32
+    set -- "$out/fused"
+    for healed in "$out/healed-main" "$out/healed-unfused" "$out"/healed-faster-*; do
+        [ -e "$healed/record.json" ] && set -- "$@" "$healed"
+    done
+    run eval "$model" "$@" --windows 64 --tasks commonsense --out "$out/eval" --batch-size 32
 fi
 run report "$out" --out "$out/report.html"

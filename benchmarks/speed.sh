@@ -8,7 +8,7 @@
 #   benchmarks/speed.sh OUT fit               anywhere, after the others: latency model and page from all records in OUT
 #
 # MODEL and STUDENT behind "one" have the fused model with weights timed, too. VLLM_PYTHON names the Python that has vLLM.
-# ONLY="8b ffn" runs the named parts alone: check ffn 8b 49b ultra vllm cost repeat student.
+# ONLY="8b ffn" runs the named parts alone: check ffn 8b modes 49b ultra vllm 49b-vllm fp8 cost repeat student draft.
 set -uo pipefail
 out=$1 where=$2 model=${3:-} student=${4:-}
 vllm=${VLLM_PYTHON:-python3} llama=${LLAMA_PYTHON:-}
@@ -42,22 +42,22 @@ shapes() { # GPUS
         run "ffn-70b-tp$gpus" 180 ffn $split --hidden-size 8192 --width 3584 --number 32 --group 8 --tokens 1 --tokens 32
         run "ffn-8b-tp$gpus" 180 ffn $split --hidden-size 4096 --width 14336 --number 12 --group 6 --tokens 1 --tokens 32
     fi
-    if wanted 8b; then
-        run "8b-on-tp$gpus" 300 bench --shape llama-3.1-8b $split --compile on $limit $bench $eight
+    wanted 8b && run "8b-on-tp$gpus" 300 bench --shape llama-3.1-8b $split --compile on $limit $bench $eight
+    if wanted modes; then
         run "8b-tuned-tp$gpus" 240 bench --shape llama-3.1-8b $split --compile tuned $limit $bench $(batches 1)
         run "8b-off-tp$gpus" 240 bench --shape llama-3.1-8b $split $limit $bench $eight
     fi
     wanted vllm && run "8b-vllm-tp$gpus" 480 bench --shape llama-3.1-8b --engine vllm --engine-python "$vllm" $split $bench $eight
     # The parent, 141 GB in bf16, says what it would need on one GPU.
     wanted 49b && run "49b-tp$gpus" 420 bench --shape super-49b $split --compile on $limit $bench $eight
-    wanted vllm && run "49b-vllm-tp$gpus" 600 bench --shape super-49b --engine vllm --engine-python "$vllm" $split $bench $eight
+    wanted 49b-vllm && run "49b-vllm-tp$gpus" 600 bench --shape super-49b --engine vllm --engine-python "$vllm" $split $bench $eight
 }
 
 case $where in
 one)
     shapes 1
     wanted ultra && run ultra-slice8 420 bench --shape ultra-253b --slice 8 --compile on $bench $(batches 1 32)
-    wanted vllm && run 8b-vllm-fp8 420 bench --shape llama-3.1-8b --engine vllm --engine-python "$vllm" --fp8 $bench $eight
+    wanted fp8 && run 8b-vllm-fp8 420 bench --shape llama-3.1-8b --engine vllm --engine-python "$vllm" --fp8 $bench $eight
     if wanted cost; then
         run 8b-cost 480 bench --shape llama-3.1-8b --compile on --repeats 5 --new-tokens 16 --prompt-lengths 128 \
             $(batches 1 2 4 8 16 32 64 128 256)
@@ -69,8 +69,8 @@ one)
     if wanted student && [ -n "$model" ]; then
         run student-torch 300 bench "$model" "$student" --compile on $bench $eight
         run student-vllm 420 bench "$model" "$student" --engine vllm --engine-python "$vllm" $bench $eight
-        run student-draft 300 speculate "$model" "$student"
     fi
+    wanted draft && [ -n "$model" ] && run student-draft 300 speculate "$model" "$student"
     ;;
 two) shapes 2 ;;
 cpu)

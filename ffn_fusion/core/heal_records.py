@@ -10,7 +10,8 @@ from ffn_fusion.core.stats import Estimate
 Measure = Literal["kl", "nll"]
 NAMES: dict[Measure, str] = {"kl": "KL to the parent", "nll": "negative log-likelihood"}
 TOLERANCE: dict[Measure, float] = {"kl": 0.10, "nll": 0.02}
-"""A domain has regressed if it is worse than it ever was by this share and by two standard errors."""
+"""A domain has regressed if it is worse than it ever was by this share and by two standard errors, and recovers no such
+share from one check-up to the next."""
 
 
 @dataclass(frozen=True)
@@ -182,4 +183,6 @@ def _is_worse(check_ups: Sequence[CheckUp], index: int, domain: str, measure: Me
     value = now.domains[domain].value(measure)
     best = min(c.domains[domain].value(measure).mean for c in check_ups[:index])
     fell = before.loss is None or (now.loss is not None and now.loss <= before.loss)
-    return fell and value.mean > best * (1 + TOLERANCE[measure]) and value.mean > best + 2 * value.stderr
+    # The first steps at a high rate can cost a domain what the later ones win back.
+    recovers = value.mean < before.domains[domain].value(measure).mean * (1 - TOLERANCE[measure])
+    return fell and not recovers and value.mean > max(best * (1 + TOLERANCE[measure]), best + 2 * value.stderr)

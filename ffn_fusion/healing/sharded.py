@@ -118,7 +118,8 @@ def load(folder: ModelFolder, config: Any, form: Form, ranks: Ranks) -> Model:
         if form.compiled:
             torch._dynamo.config.recompile_limit = RECOMPILES
             layer.forward = torch.compile(layer.forward)
-        if spread:
+        # A rank alone has nothing to gather, and a group for each block would cost the host a millisecond each pass.
+        if spread and ranks.size > 1:
             shard(layer)
     _fill(model, checkpoint, "", ranks.device, stored, form, skip=LAYER.split("{", maxsplit=1)[0])
     model.tie_weights()

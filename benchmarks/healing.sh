@@ -3,13 +3,13 @@
 # benchmarks/healing.sh OUT MODEL TEXTS [PLAN [FASTER ...]]      TEXTS: the folder that benchmarks/mix.py made
 #
 # ONLY="speed main ..." picks parts: speed, rates, main, unfused, plain, local, paper, faster, tasks.
-# RATE, TOKENS: the learning rate of all runs, and how much text the main run and those of FASTER plans see.
+# OPTIMIZER, RATE, STEP: of all runs but those of part rates. TOKENS, FASTER: how much text the main run and those of FASTER plans see.
 set -eu
 out=$1 model=$2 texts=$3
-plan=${4:-A0F0 A1F1 A2F2 A3F3 A4F4+5+6+7+8 A9F9 A10F10 A11F11+12 A13F13 A14F14 A15F15 A16F16+17 A18F18+19+20 A21F21+22 A23F23 A24F24+25+26 A27F27 A28F28+29}
+plan=${4:-A0F0 A1F1 A2F2 A3F3 A4F4 A5F5 -F6 -F7 -F8 A9F9 A10F10 A11F11 A12F12 A13F13+14+15 A16F16+17+18+19+20 A21F21 A22F22 A23F23 A24F24 -F25 -F26 A27F27 -F28 A29F29}
 [ $# -gt 4 ] && shift 4 || shift $#
 only=${ONLY:-speed main unfused plain local paper faster tasks}
-rate=${RATE:-6.0e-4} tokens=${TOKENS:-30_000_000}
+optimizer=${OPTIMIZER:-muon} rate=${RATE:-5.0e-4} step=${STEP:-65_536} tokens=${TOKENS:-60_000_000}
 run() { python3 -m ffn_fusion "$@"; }
 wanted() { case " $only " in *" $1 "*) true ;; *) false ;; esac; }
 mkdir -p "$out/recipes" "$out/logs"
@@ -28,18 +28,19 @@ END
 }
 both="losses: {kl: 1, cosine: 1}"
 stage() { # NAME TOKENS RATE [MORE]
-    echo "- {name: $1, tokens: $2, length: 1024, step_tokens: 65_536, learning_rate: $3, ${4:-$both}}"
+    echo "- {name: $1, tokens: $2, length: 1024, step_tokens: $step, optimizer: $optimizer, learning_rate: $3, ${4:-$both}}"
 }
 recipe main "$(stage global "$tokens" "$rate")"
+recipe faster "$(stage global "${FASTER:-12_000_000}" "$rate")"
 recipe short "$(stage global 8_000_000 "$rate")"
 recipe local "$(stage local 2_000_000 "$rate" 'trains: neighbours, local: true, losses: {mse: 1}')
 $(stage global 6_000_000 "$rate")"
 recipe paper "$(stage 1k 6_000_000 "$rate")
 $(stage 4k 2_000_000 1.0e-4 | sed 's/length: 1024/length: 4096/')"
-for each in 5.0e-4 1.0e-3 2.0e-3 4.0e-3; do
-    recipe "rate-$each" "$(stage global 3_000_000 $each)"
+variants="adamw,2.0e-4,65_536 adamw,4.0e-4,65_536 adamw,2.0e-4,16_384 muon,3.0e-4,65_536 muon,6.0e-4,65_536 muon,1.2e-3,65_536 muon,3.0e-4,16_384"
+for each in $variants; do
+    (IFS=, && set -- $each && optimizer=$1 step=$3 && recipe "variant-$each" "$(stage global 3_000_000 "$2")")
 done
-recipe kl-alone "$(stage global 3_000_000 1.0e-3 'losses: {kl: 1}')"
 
 fuse() { # NAME PLAN OPTION...
     name=$1 its=$2
@@ -56,9 +57,8 @@ unfused=$(python3 -c 'import sys; from ffn_fusion import Plan; print(Plan.parse(
 wanted unfused && fuse unfused "$unfused"
 wanted plain && fuse plain "$plan" --calibrate none
 if wanted rates; then
-    for each in "$out"/recipes/rate-* "$out/recipes/kl-alone.yaml"; do
-        name=$(basename "$each" .yaml)
-        heal "$name" fused "$name" &
+    for each in $variants; do
+        heal "variant-$each" fused "variant-$each" &
     done
     wait
 fi
@@ -70,7 +70,7 @@ if wanted paper; then heal paper fused paper & fi
 if wanted faster; then
     for faster in "$@"; do
         number=$((${number:-0} + 1))
-        (fuse "faster-$number" "$faster" && heal "faster-$number" "faster-$number" main) &
+        (fuse "faster-$number" "$faster" && heal "faster-$number" "faster-$number" faster) &
     done
 fi
 wait

@@ -1,6 +1,7 @@
 """The command line: parses, dispatches, prints results and errors; nothing else."""
 
 import errno
+import os
 import sys
 from typing import Any
 
@@ -68,8 +69,13 @@ def _status(arguments: list[str]) -> int:
 def _show(result: Any) -> None:
     record = getattr(result, "result", None)
     text = record.summary() if record is not None else result
-    if text is not None:
-        print(text)
+    if text is None:
+        return
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # Whoever reads has seen enough (`| head`); Python's own flush at exit must not complain either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str) -> int:

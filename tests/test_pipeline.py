@@ -221,6 +221,16 @@ def test_ctrl_c_is_one_line_and_status_130(
     assert not (tmp_path / "a").exists()
 
 
+def test_a_reader_who_has_seen_enough_is_no_error() -> None:
+    command = [sys.executable, "-m", "ffn_fusion", "plan", "A0F0 A1F1+2", "--layers", "3"]
+    process = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout
+    process.stdout.close()
+    assert process.stderr
+    assert process.stderr.read() == ""
+    assert process.wait() == 0
+
+
 def test_a_full_disk_is_one_line(
     tiny_parent: Callable[[str], Path],
     tmp_path: Path,

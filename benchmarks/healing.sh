@@ -3,13 +3,13 @@
 # benchmarks/healing.sh OUT MODEL TEXTS [PLAN [FASTER ...]]      TEXTS: the folder that benchmarks/mix.py made
 #
 # ONLY="speed main ..." picks parts: speed, rates, main, unfused, plain, local, paper, faster, tasks.
-# OPTIMIZER, RATE, STEP: of all runs but those of part rates. TOKENS, FASTER: how much text the main run and those of FASTER plans see.
+# RATE, STEP: of all runs but those of part rates. TOKENS, FASTER: how much text the main run and those of FASTER plans see.
 set -eu
 out=$1 model=$2 texts=$3
 plan=${4:-A0F0 A1F1 A2F2 A3F3 A4F4 A5F5 -F6 -F7 -F8 A9F9 A10F10 A11F11 A12F12 A13F13+14+15 A16F16+17+18+19+20 A21F21 A22F22 A23F23 A24F24 -F25 -F26 A27F27 -F28 A29F29}
 [ $# -gt 4 ] && shift 4 || shift $#
 only=${ONLY:-speed main unfused plain local paper faster tasks}
-optimizer=${OPTIMIZER:-muon} rate=${RATE:-5.0e-4} step=${STEP:-65_536} tokens=${TOKENS:-60_000_000}
+rate=${RATE:-3.0e-4} step=${STEP:-65_536} tokens=${TOKENS:-60_000_000}
 run() { python3 -m ffn_fusion "$@"; }
 wanted() { case " $only " in *" $1 "*) true ;; *) false ;; esac; }
 mkdir -p "$out/recipes" "$out/logs"
@@ -28,7 +28,7 @@ END
 }
 both="losses: {kl: 1, cosine: 1}"
 stage() { # NAME TOKENS RATE [MORE]
-    echo "- {name: $1, tokens: $2, length: 1024, step_tokens: $step, optimizer: $optimizer, learning_rate: $3, ${4:-$both}}"
+    echo "- {name: $1, tokens: $2, length: 1024, step_tokens: $step, learning_rate: $3, ${4:-$both}}"
 }
 recipe main "$(stage global "$tokens" "$rate")"
 recipe faster "$(stage global "${FASTER:-12_000_000}" "$rate")"
@@ -37,9 +37,9 @@ recipe local "$(stage local 2_000_000 "$rate" 'trains: neighbours, local: true, 
 $(stage global 6_000_000 "$rate")"
 recipe paper "$(stage 1k 6_000_000 "$rate")
 $(stage 4k 2_000_000 1.0e-4 | sed 's/length: 1024/length: 4096/')"
-variants="adamw,2.0e-4,65_536 adamw,4.0e-4,65_536 adamw,2.0e-4,16_384 muon,3.0e-4,65_536 muon,6.0e-4,65_536 muon,1.2e-3,65_536 muon,3.0e-4,16_384"
+variants="1.0e-4,65_536 2.0e-4,65_536 3.0e-4,65_536 5.0e-4,65_536 1.0e-4,16_384 2.0e-4,16_384 3.0e-4,16_384"
 for each in $variants; do
-    (IFS=, && set -- $each && optimizer=$1 step=$3 && recipe "variant-$each" "$(stage global 3_000_000 "$2")")
+    (IFS=, && set -- $each && step=$2 && recipe "variant-$each" "$(stage global 3_000_000 "$1")")
 done
 
 fuse() { # NAME PLAN OPTION...

@@ -13,7 +13,6 @@ from ffn_fusion.errors import UserError
 
 Schedule = Literal["cosine", "linear", "constant"]
 Trains = Literal["all", "changed", "neighbours"]
-Optimizer = Literal["adamw", "muon"]
 
 
 @dataclass(frozen=True)
@@ -46,8 +45,6 @@ class TrainingStage:
     """Share of the steps over which the learning rate rises."""
     final_rate: float = 0.1
     """Share of the learning rate that is left at the end."""
-    optimizer: Optimizer = "adamw"
-    """Muon is for the matrices of blocks; embeddings, head, norms and biases have AdamW all the same."""
     weight_decay: float = 0.0
     max_norm: float = 1.0
     """Gradients are clipped to this norm."""

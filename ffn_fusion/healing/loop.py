@@ -7,20 +7,17 @@ from functools import partial
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
 
 from ffn_fusion.core.curriculum import TrainingStage
 from ffn_fusion.core.distill import ON_STREAM, Losses, Scored, head_loss, logit_names, score_logits, stream_loss
 from ffn_fusion.core.heal_records import TrainingPoint
 from ffn_fusion.core.topk import TopK
 from ffn_fusion.healing.feeds import Batch, Feed
-from ffn_fusion.healing.muon import Muon
 from ffn_fusion.healing.ranks import Ranks
 from ffn_fusion.healing.sharded import Model, Pass
-from ffn_fusion.hf.surgery import LAYER
 
 BETAS = (0.9, 0.95)
 IGNORED = -1
@@ -119,7 +116,8 @@ class Training:
         self._own = ranks.share(stage.windows_per_step)
         self._batch_size = batch_size
         self._parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
-        self.optimizers = _optimizers(student, stage)
+        decay = stage.weight_decay
+        self.optimizer = torch.optim.AdamW(self._parameters, betas=BETAS, weight_decay=decay, fused=True)
 
     @property
     def num_trained(self) -> int:
@@ -137,9 +135,8 @@ class Training:
         size, num_windows = self.ranks.size, self.stage.windows_per_step
         first = step * num_windows
         places = range(first + self.ranks.rank, first + num_windows, size)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = self.stage.rate(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.stage.rate(step)
         batches = [places[i : i + self._batch_size] for i in range(0, self._own, self._batch_size)]
         sums = torch.zeros(len(self.objective.names), device=self.ranks.device)
         for number, some in enumerate(batches, start=1):
@@ -150,9 +147,8 @@ class Training:
             sums += losses
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.stage.max_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         return torch.cat([sums, norm.detach().reshape(1).to(sums.device)])
 
     def _done(self, step: int, rows: Sequence[Tensor]) -> Done:
@@ -171,20 +167,6 @@ class Training:
         )
         loss = sum(weight * means[name] for name, weight in self.objective.losses.weights.items())
         return Done(point, loss, step + 1 - len(rows) + bad[0] if bad else None)
-
-
-def _optimizers(student: Model, stage: TrainingStage) -> list[Optimizer]:
-    """Muon, where a stage wants it, for the matrices of blocks; AdamW for all else that trains."""
-    blocks = LAYER.split("{", maxsplit=1)[0]
-    matrices: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for name, parameter in student.named_parameters():
-        if parameter.requires_grad:
-            turned = stage.optimizer == "muon" and parameter.ndim == 2 and blocks in name
-            (matrices if turned else others).append(parameter)
-    decay = stage.weight_decay
-    found: list[Optimizer] = [Muon(matrices, weight_decay=decay)] if matrices else []
-    return [*found, *([torch.optim.AdamW(others, betas=BETAS, weight_decay=decay, fused=True)] if others else [])]
 
 
 def evenly(count: int, parts: int) -> list[int]:

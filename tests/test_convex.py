@@ -129,8 +129,8 @@ def test_what_is_not_proven_in_time_says_so() -> None:
         except UserError:
             return None
 
-    # A busy machine may find nothing in so short a time.
-    found = found_within(2) or found_within(10) or found_within(50)
+    # A busy machine may find nothing in so short a time; in much more than it takes to find a plan, the best is proven.
+    found = next(filter(None, (found_within(2 * 1.3**tries) for tries in range(14))), None)
     assert found is not None
     assert found.status == "time limit"
     # On a busy machine there may not even be a bound yet.

@@ -3,7 +3,7 @@
 # benchmarks/healing.sh OUT MODEL TEXTS [PLAN [FASTER ...]]      TEXTS: the folder that benchmarks/mix.py made
 #
 # ONLY="speed main ..." picks parts: speed, rates, main, unfused, plain, local, paper, faster, tasks.
-# RATE, STEP: of all runs but those of part rates. TOKENS, FASTER: how much text the main run and those of FASTER plans see.
+# RATE, STEP: of all runs but those of part rates. TOKENS, FASTER_TOKENS: of the main run and of the runs of FASTER plans.
 set -eu
 out=$1 model=$2 texts=$3
 plan=${4:-A0F0 A1F1 A2F2 A3F3 A4F4 A5F5 -F6 -F7 -F8 A9F9 A10F10 A11F11 A12F12 A13F13+14+15 A16F16+17+18+19+20 A21F21 A22F22 A23F23 A24F24 -F25 -F26 A27F27 -F28 A29F29}
@@ -27,16 +27,16 @@ $2
 END
 }
 both="losses: {kl: 1, cosine: 1}"
-stage() { # NAME TOKENS RATE [MORE]
-    echo "- {name: $1, tokens: $2, length: 1024, step_tokens: $step, learning_rate: $3, ${4:-$both}}"
+stage() { # NAME TOKENS RATE [LENGTH [MORE]]
+    echo "- {name: $1, tokens: $2, length: ${4:-1024}, step_tokens: $step, learning_rate: $3, ${5:-$both}}"
 }
 recipe main "$(stage global "$tokens" "$rate")"
-recipe faster "$(stage global "${FASTER:-12_000_000}" "$rate")"
+recipe faster "$(stage global "${FASTER_TOKENS:-12_000_000}" "$rate")"
 recipe short "$(stage global 8_000_000 "$rate")"
-recipe local "$(stage local 2_000_000 "$rate" 'trains: neighbours, local: true, losses: {mse: 1}')
+recipe local "$(stage local 2_000_000 "$rate" 1024 'trains: neighbours, local: true, losses: {mse: 1}')
 $(stage global 6_000_000 "$rate")"
 recipe paper "$(stage 1k 6_000_000 "$rate")
-$(stage 4k 2_000_000 1.0e-4 | sed 's/length: 1024/length: 4096/')"
+$(stage 4k 2_000_000 1.0e-4 4096)"
 variants="1.0e-4,65_536 2.0e-4,65_536 3.0e-4,65_536 5.0e-4,65_536 1.0e-4,16_384 2.0e-4,16_384 3.0e-4,16_384"
 for each in $variants; do
     (IFS=, && set -- $each && step=$2 && recipe "variant-$each" "$(stage global 3_000_000 "$1")")

@@ -110,8 +110,6 @@ def load(folder: ModelFolder, config: Any, form: Form, ranks: Ranks) -> Model:
     stored = torch.float32 if form.trains else form.compute
     policy = MixedPrecisionPolicy(param_dtype=form.compute, reduce_dtype=torch.float32)
     shard = partial(fully_shard, mesh=ranks.mesh, mp_policy=policy)
-    # A model that is only asked needs no sharding where it fits, and no copy of its weights then.
-    spread = form.trains is not None or ranks.size > 1
     for index, layer in enumerate(model.model.layers):
         prefix = LAYER.format(index)
         _fill(layer, checkpoint, prefix, ranks.device, stored, form)
@@ -119,7 +117,7 @@ def load(folder: ModelFolder, config: Any, form: Form, ranks: Ranks) -> Model:
             torch._dynamo.config.recompile_limit = RECOMPILES
             layer.forward = torch.compile(layer.forward)
         # A rank alone has nothing to gather, and a group for each block would cost the host a millisecond each pass.
-        if spread and ranks.size > 1:
+        if ranks.size > 1:
             shard(layer)
     _fill(model, checkpoint, "", ranks.device, stored, form, skip=LAYER.split("{", maxsplit=1)[0])
     model.tie_weights()
@@ -130,7 +128,8 @@ def load(folder: ModelFolder, config: Any, form: Form, ranks: Ranks) -> Model:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     wrapped = Model(model)
-    if spread:
+    # A model that is only asked needs no sharding where it fits, and no copy of its weights then.
+    if form.trains or ranks.size > 1:
         shard(wrapped)
     return wrapped
 

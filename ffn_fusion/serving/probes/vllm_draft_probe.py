@@ -8,11 +8,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-# vLLM 0.26 asks for FlashInfer's sampler even where FlashInfer is not installed; greedy decoding needs neither.
-os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+from vllm_settings import settle
+
+settle()
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 COUNTED = {"rounds": "num_drafts", "proposed": "num_draft_tokens", "accepted": "num_accepted_tokens"}

@@ -3,17 +3,11 @@
 import os
 from typing import Any
 
-# Tensor parallelism without NVLink multicast, which not every host lends: NCCL's own all-reduce.
-os.environ.setdefault("VLLM_ALLREDUCE_USE_SYMM_MEM", "0")
-os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
-os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-# vLLM 0.26 asks for FlashInfer's sampler even where FlashInfer is not installed; greedy decoding needs neither.
-os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
-# On a CPU the cache takes half of the memory unless told otherwise; in GB.
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-
 from pipe import Decode, prompt_ids, serve
+from vllm_settings import settle
+
+# Tensor parallelism without NVLink multicast, which not every host lends: NCCL's own all-reduce.
+settle(VLLM_ALLREDUCE_USE_SYMM_MEM="0", NCCL_NVLS_ENABLE="0")
 
 
 def start(request: dict[str, Any]) -> Decode:

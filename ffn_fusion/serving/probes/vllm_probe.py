@@ -5,15 +5,10 @@ from typing import Any
 
 import numpy as np
 from protocol import Loaded, answer
+from vllm_settings import settle
 
-os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-# vLLM 0.26 asks for FlashInfer's sampler even where FlashInfer is not installed; greedy decoding needs neither.
-os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
-# On a CPU the cache takes half of the memory unless told otherwise; in GB.
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 # Attention kernels would compute float32 products in TF32, ten bits of mantissa, on a GPU.
-os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
+settle(TRITON_F32_DEFAULT="ieee")
 
 
 def load(model: str, options: dict[str, Any]) -> Loaded:

@@ -46,6 +46,14 @@ def test_value_and_gradient_are_those_of_autograd(name: str, temperature: float)
     torch.testing.assert_close(found.gradient, gradient)
 
 
+def test_half_precision_is_only_that_of_the_logits_themselves() -> None:
+    z, parent = drawn(N, V).bfloat16(), drawn(N, V, seed=1).bfloat16()
+    found = score_logits(Losses(kl=1.0), z, parent, None)
+    wanted = score_logits(Losses(kl=1.0), z.float(), parent.float(), None)
+    assert torch.equal(found.sums, wanted.sums)
+    assert torch.equal(found.gradient, wanted.gradient.bfloat16())
+
+
 def test_top_tokens_and_tail_are_a_distribution_of_their_own() -> None:
     z, parent = drawn(N, V).requires_grad_(), drawn(N, V, seed=1)
     log_p = parent.log_softmax(-1)
@@ -103,6 +111,18 @@ def test_the_head_is_worked_through_in_chunks(monkeypatch: pytest.MonkeyPatch) -
     (loss * 2 / N).backward()
     torch.testing.assert_close(whole[1], hidden.grad)
     torch.testing.assert_close(whole[2], head.grad)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "sizes"), [(12, [4] * 3), (16, [4] * 4), (15, [5] * 3), (11, [4, 4, 3]), (0, [])]
+)
+def test_chunks_are_of_one_size_where_they_can_be(
+    num_tokens: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(distill.LOGITS_AT_ONCE, "cpu", 5 * V + 1)
+    found = distill.token_chunks(num_tokens, V, torch.device("cpu"))
+    assert [place.stop - place.start for place in found] == sizes
+    assert [token for place in found for token in range(place.start, place.stop)] == list(range(num_tokens))
 
 
 def test_a_frozen_head_gets_no_gradient() -> None:

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,11 @@ from ffn_fusion.errors import UserError
 from ffn_fusion.folder import Record, read_record
 from ffn_fusion.healing.corpus import Corpus
 from ffn_fusion.healing.course import Course
+from ffn_fusion.healing.domains import Answers
 from ffn_fusion.healing.feeds import CachedFeed, LiveFeed, head_of, spans
 from ffn_fusion.healing.loop import Objective, Training
 from ffn_fusion.healing.ranks import joined
-from ffn_fusion.healing.sharded import Form, load
+from ffn_fusion.healing.sharded import Form, Model, load
 from ffn_fusion.healing.teacher_cache import open_cache
 from ffn_fusion.hf.model import ModelFolder
 from ffn_fusion.hf.resolve import read_plan
@@ -98,6 +100,31 @@ def test_a_student_comes_nearer_to_its_parent(
     ).result.scores
     assert scores[1].kl is not None
     assert "mean KL to the parent over the domains" in result.summary()
+
+
+def test_compiled_it_learns_the_same(healed: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    both = GLOBAL | {"losses": {"kl": 1, "cosine": 1}}
+    plain = healed(both, name="plain", domain_windows=3).result
+    graphs, score = [], Answers.score
+
+    def compiled(graph: torch.fx.GraphModule, _: Any) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    def measured(self: Answers, student: Model) -> dict[str, DomainScore]:
+        before = len(graphs)
+        found = score(self, student)
+        assert len(graphs) == before, "a check-up was compiled"
+        return found
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=compiled))
+    monkeypatch.setattr(Answers, "score", measured)
+    result = healed(both, name="compiled", compile=True, domain_windows=3).result
+    # The parent's block; the student's with and without attention, all as wide at this size; two losses.
+    assert len(graphs) == 5
+    for found, wanted in zip(result.curve, plain.curve, strict=True):
+        assert found.losses == pytest.approx(wanted.losses, rel=1e-3)
+    assert result.check_ups[-1].mean("kl") == pytest.approx(plain.check_ups[-1].mean("kl"), rel=1e-3)
 
 
 def test_a_local_stage_moves_changed_blocks_only(

@@ -84,11 +84,15 @@ def logit_names(losses: Losses) -> list[str]:
 
 
 def score_logits(losses: Losses, student: Tensor, parent: Tensor | TopK | None, targets: Tensor | None) -> Scored:
-    """Losses of N positions and their gradient with respect to the student's logits [N, V], all in float32.
+    """Losses of N positions, and their gradient with respect to the student's logits [N, V] in the dtype of those.
 
     `parent` is the parent's logits [N, V], or its `TopK` [N, k] at the temperature of the losses. `targets` [N] holds
-    the next token of each position, -1 where none is known.
+    the next token of each position, -1 where none is known. Whatever the logits' dtype, this reckons in float32 at
+    least; compiled, no float32 copy of them is ever written.
     """
+    dtype = student.dtype
+    student = _precise(student)
+    parent = _precise(parent) if isinstance(parent, Tensor) else parent
     total = torch.zeros_like(student)
     sums = []
     for name in logit_names(losses):
@@ -99,7 +103,11 @@ def score_logits(losses: Losses, student: Tensor, parent: Tensor | TopK | None, 
             value, gradient = _divergence(name, losses, student, parent)
         sums.append(value)
         total += losses.weights[name] * gradient
-    return Scored(torch.stack(sums), total)
+    return Scored(torch.stack(sums), total.to(dtype))
+
+
+def _precise(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _likelihood(student: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,7 +178,13 @@ def _kl_of_top(log_q: Tensor, top: TopK) -> tuple[Tensor, Tensor]:
 
 
 Score = Callable[[Tensor, slice], Scored]
-"""Losses and gradient of the positions of a slice, given the student's logits of them, [n, V] float32."""
+"""Losses and gradient of the positions of a slice, given the student's logits of them [n, V]."""
+
+
+def logits_of(hidden: Tensor, head: Tensor, scale: float) -> Tensor:
+    """[N, d] through a head [V, d] and its scale: [N, V], in float32 where something scales them."""
+    logits = hidden @ head.T
+    return logits if scale == 1 else logits.float() * scale
 
 
 def head_loss(hidden: Tensor, head: Tensor, scale: float, score: Score, num_losses: int) -> tuple[Tensor, Tensor]:
@@ -194,9 +208,9 @@ class _HeadLoss(torch.autograd.Function):
         sums = torch.zeros(num_losses, device=hidden.device)
         for place in token_chunks(len(hidden), len(head), hidden.device):
             x = hidden[place]
-            scored = score((x @ head.T).float() * scale, place)
+            scored = score(logits_of(x, head, scale), place)
             sums += scored.sums
-            gradient = (scored.gradient * scale).to(hidden.dtype)
+            gradient = scored.gradient if scale == 1 else (scored.gradient * scale).to(hidden.dtype)
             if grad_hidden is not None:
                 torch.mm(gradient, head, out=grad_hidden[place])
             if grad_head is not None:
@@ -214,8 +228,12 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def token_chunks(num_tokens: int, vocab_size: int, device: torch.device) -> list[slice]:
-    """Slices of tokens whose logits fit into one chunk."""
-    size = max(1, LOGITS_AT_ONCE.get(device.type, 2**26) // vocab_size)
+    """Slices of tokens whose logits fit into one chunk; of one size, for which kernels are compiled, if twice as many
+    can be."""
+    most = max(1, LOGITS_AT_ONCE.get(device.type, 2**26) // vocab_size)
+    fewest = max(1, -(-num_tokens // most))
+    number = next((n for n in range(fewest, 2 * fewest) if num_tokens % n == 0), fewest)
+    size = max(1, -(-num_tokens // number))
     return [slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size)]
 
 

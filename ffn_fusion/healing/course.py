@@ -267,14 +267,14 @@ class Course:
         return load(self.pair.parent, self.pair.parent.config, form, self.ranks).eval()
 
     def _answers(self) -> Answers:
-        domains = self.material.domains
+        domains, together = self.material.domains, (self.ranks, self.habits.batch_size)
         path = self.folder.state / f"answers-{self.ranks.rank}-of-{self.ranks.size}.safetensors"
         # A parent that is spread over ranks is asked by all of them or by none.
         held = all(self.ranks.gather(path.is_file()))
-        hidden = load_file(path) if held else ask_parent(domains, self.parent or self._ask(), self.ranks)
+        hidden = load_file(path) if held else ask_parent(domains, self.parent or self._ask(), *together)
         if not held:
             write_atomically(path, save(hidden))
-        return Answers(domains, hidden, self.head, self.ranks)
+        return Answers(domains, hidden, self.head, *together)
 
     def _save_progress(self) -> None:
         if self.ranks.is_first:

@@ -1,13 +1,13 @@
 """Held-out text of several domains: the parent's answer to it is kept, and the student is measured against it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ffn_fusion.core.distill import token_chunks
+from ffn_fusion.core.distill import logits_of, token_chunks
 from ffn_fusion.core.heal_records import DomainScore
 from ffn_fusion.core.losses import kl_to, nll, reference
 from ffn_fusion.core.stats import estimate
@@ -47,38 +47,42 @@ class Answers:
     hidden: dict[str, Tensor]
     head: Head
     ranks: Ranks
+    batch_size: int
+    """Windows at once."""
 
     def score(self, student: Model) -> dict[str, DomainScore]:
         """Every domain at once; all ranks must ask."""
         found = {}
         for domain in self.domains:
-            rows = []
-            for place, theirs in zip(own_places(len(domain.ids), self.ranks), self.hidden[domain.name], strict=True):
-                rows.append((place, self._sums(student, domain.ids[place], theirs)))
-            sums = dict(row for part in self.ranks.gather(rows) for row in part)
+            places = own_places(len(domain.ids), self.ranks)
+            ids, hidden = (each.split(self.batch_size) for each in (domain.ids[places], self.hidden[domain.name]))
+            rows = [row for batch in zip(ids, hidden, strict=True) for row in self._sums(student, *batch)]
+            parts = self.ranks.gather(list(zip(places, rows, strict=True)))
+            sums = dict(row for part in parts for row in part)
             columns = list(zip(*(sums[place] for place in range(len(domain.ids))), strict=True))
             counts = [domain.ids.shape[1] - 1] * len(domain.ids)
             kl, own, parent = (estimate(column, counts) for column in columns)
             found[domain.name] = DomainScore(kl, own, parent.mean)
         return found
 
-    @torch.no_grad()
-    def _sums(self, student: Model, ids: Tensor, theirs: Tensor) -> tuple[float, float, float]:
-        """KL, and negative log-likelihood of student and parent, summed over one window."""
+    def _sums(self, student: Model, ids: Tensor, theirs: Tensor) -> list[list[float]]:
+        """KL, and negative log-likelihood of student and parent, summed over each window of a batch."""
         ids = ids.to(self.ranks.device)
-        theirs = theirs.to(self.ranks.device, self.head.weight.dtype)[:-1]
+        targets = ids[:, 1:].flatten()
+        theirs = theirs[:, :-1].flatten(0, 1).to(self.ranks.device, self.head.weight.dtype)
 
         def use(found: Pass) -> Tensor:
-            own, targets, total = found.hidden[0, :-1], ids[1:], torch.zeros(3)
+            own, terms = found.hidden[:, :-1].flatten(0, 1), []
             for place in token_chunks(len(own), len(found.head), own.device):
                 wanted = self.head.logits(theirs[place])
-                logits = (own[place] @ found.head.T).float() * student.logit_scale
-                terms = kl_to(reference(wanted), logits), nll(logits, targets[place]), nll(wanted, targets[place])
-                total += torch.stack([term.sum() for term in terms]).cpu()
-            return total
+                logits = logits_of(own[place], found.head, student.logit_scale)
+                told = nll(logits, targets[place]), nll(wanted, targets[place])
+                terms.append(torch.stack([kl_to(reference(wanted), logits), *told]))
+            return torch.cat(terms, 1)
 
-        kl, own, parent = student(ids[None], use).tolist()
-        return kl, own, parent
+        sums = _asked(student, ids, use).double().unflatten(1, (len(ids), -1)).sum(-1)
+        rows: list[list[float]] = sums.T.tolist()
+        return rows
 
 
 def own_places(count: int, ranks: Ranks) -> list[int]:
@@ -87,15 +91,19 @@ def own_places(count: int, ranks: Ranks) -> list[int]:
     return [min(place, count - 1) for place in range(ranks.rank, count + ranks.rank, ranks.size)]
 
 
-def ask_parent(domains: list[Domain], parent: Model, ranks: Ranks) -> dict[str, Tensor]:
+def ask_parent(domains: list[Domain], parent: Model, ranks: Ranks, batch_size: int) -> dict[str, Tensor]:
     """Hidden states of the parent on this rank's windows of every domain, [windows, length, d], on the host."""
     found = {}
-    with torch.no_grad():
-        for domain in domains:
-            windows = (domain.ids[place][None].to(ranks.device) for place in own_places(len(domain.ids), ranks))
-            found[domain.name] = torch.cat([parent(ids, _hidden).cpu() for ids in windows])
+    for domain in domains:
+        batches = domain.ids[own_places(len(domain.ids), ranks)].split(batch_size)
+        hidden = [_asked(parent, ids.to(ranks.device), lambda found: found.hidden).cpu() for ids in batches]
+        found[domain.name] = torch.cat(hidden)
     return found
 
 
-def _hidden(found: Pass) -> Tensor:
-    return found.hidden
+@torch.no_grad()
+def _asked(model: Model, ids: Tensor, use: Callable[[Pass], Tensor]) -> Tensor:
+    # Compiling a model for a few passes without gradients would take longer than they do.
+    with torch.compiler.set_stance("force_eager"):
+        found: Tensor = model(ids, use)
+    return found

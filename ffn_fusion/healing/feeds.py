@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ffn_fusion.core.curriculum import TrainingStage
-from ffn_fusion.core.distill import Losses
+from ffn_fusion.core.distill import Losses, logits_of
 from ffn_fusion.core.plan import Plan
 from ffn_fusion.core.topk import TopK
 from ffn_fusion.errors import UserError
@@ -43,8 +43,8 @@ class Head(NamedTuple):
     scale: float
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[N, d] -> [N, vocabulary], float32."""
-        return (hidden @ self.weight.T).float() * self.scale
+        """[N, d] -> [N, vocabulary]."""
+        return logits_of(hidden, self.weight, self.scale)
 
 
 def head_of(parent: ModelFolder, device: torch.device, dtype: torch.dtype) -> Head:
@@ -70,7 +70,7 @@ class LiveFeed:
         self._predicts = losses.against_parent
 
     def batch(self, places: Sequence[int]) -> Batch:
-        ids = self._corpus.read(places).to(self._device)
+        ids = _sent(self._corpus.read(places), self._device)
         if self._parent is None:
             return Batch(ids, None, {})
         with torch.no_grad():
@@ -89,10 +89,15 @@ class CachedFeed:
 
     def batch(self, places: Sequence[int]) -> Batch:
         cached = self._cache.read(self._order[list(places)].tolist())
-        top = TopK(*(part.flatten(0, 1).to(self._device) for part in cached.top))
+        top = TopK(*(_sent(part.flatten(0, 1), self._device) for part in cached.top))
         predictions = (lambda place: TopK(*(part[place] for part in top))) if self._predicts else None
-        streams = {layer + 1: stream.to(self._device) for layer, stream in cached.streams.items()}
-        return Batch(cached.ids.to(self._device), predictions, streams)
+        streams = {layer + 1: _sent(stream, self._device) for layer, stream in cached.streams.items()}
+        return Batch(_sent(cached.ids, self._device), predictions, streams)
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device; the host does not wait until a GPU has done what it was given before."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def needs_parent(stage: TrainingStage) -> bool:

@@ -3,8 +3,8 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import cast
+from functools import cache, partial
+from typing import ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from ffn_fusion.healing.ranks import Ranks
 from ffn_fusion.healing.sharded import Model, Pass
 
 BETAS = (0.9, 0.95)
+P = ParamSpec("P")
+T = TypeVar("T")
 IGNORED = -1
 """Target of a position whose next token is not in the window."""
 
@@ -68,7 +70,8 @@ class Objective:
             sums.append(logit_sums)
         for name in self.names[len(logit_names(self.losses)) :]:
             pairs = [(found.streams[block + 1], batch.streams[self.spans[block][1]]) for block in self.blocks]
-            loss = torch.stack([stream_loss(name, *pair) for pair in pairs]).mean()
+            compare = self._fast(stream_loss)
+            loss = torch.stack([compare(name, *pair) for pair in pairs]).mean()
             total = total + self.losses.weights[name] * loss
             sums.append(loss.detach()[None])
         return total, torch.cat(sums)
@@ -77,19 +80,17 @@ class Objective:
         self, predictions: Callable[[slice], Tensor | TopK] | None, targets: Tensor, logits: Tensor, place: slice
     ) -> Scored:
         parent = predictions(place) if predictions else None
-        score = _compiled_score() if self.compiled else score_logits
-        found: Scored = score(self.losses, logits, parent, targets[place])
-        return found
+        return self._fast(score_logits)(self.losses, logits, parent, targets[place])
+
+    def _fast(self, function: Callable[P, T]) -> Callable[P, T]:
+        """The function as few kernels, if this objective is compiled."""
+        return _compiled(function) if self.compiled else function
 
 
-_COMPILED: list[Callable[..., Scored]] = []
-
-
-def _compiled_score() -> Callable[..., Scored]:
-    """`score_logits` as few kernels; compiled once a process."""
-    if not _COMPILED:
-        _COMPILED.append(torch.compile(score_logits))
-    return _COMPILED[0]
+@cache
+def _compiled(function: Callable[P, T]) -> Callable[P, T]:
+    """Once a process; and for each shape by itself, of which there are few, because kernels of any shape are slower."""
+    return torch.compile(function, dynamic=False)
 
 
 def next_tokens(ids: Tensor) -> Tensor:

@@ -115,7 +115,7 @@ def load(folder: ModelFolder, config: Any, form: Form, ranks: Ranks) -> Model:
         _fill(layer, checkpoint, prefix, ranks.device, stored, form)
         if form.compiled:
             torch._dynamo.config.recompile_limit = RECOMPILES
-            layer.forward = torch.compile(layer.forward)
+            layer.forward = torch.compile(layer.forward, dynamic=False)
         # A rank alone has nothing to gather, and a group for each block would cost the host a millisecond each pass.
         if ranks.size > 1:
             shard(layer)

@@ -137,27 +137,35 @@ def test_a_local_stage_moves_changed_blocks_only(
     assert moved == {"1", "2", "3"}
 
 
+@pytest.mark.parametrize("save_minutes", [1e-9, 10.0])
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(
-    healed: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    save_minutes: float, healed: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    healed(LOCAL, GLOBAL, save_every=3)
-    step = Training._step
-    for victim in (2, 3, 5):
+    """Saved at every step, or at check-ups only, which come after every second or third: the rest is made again."""
+    healed(LOCAL, GLOBAL)
+    step, victims, made = Training._step, (2, 3, 5), []
+
+    def counted(self: Training, number: int) -> torch.Tensor:
+        made.append(number)
+        return step(self, number)
+
+    for victim in victims:
         calls = []
 
         def dying(self: Training, number: int, victim: int = victim, calls: list[int] = calls) -> torch.Tensor:
             calls.append(number)
             if len(calls) == victim:
                 raise KeyboardInterrupt
-            return step(self, number)
+            return counted(self, number)
 
         monkeypatch.setattr(Training, "_step", dying)
         with pytest.raises(KeyboardInterrupt):
-            healed(LOCAL, GLOBAL, name="killed", save_every=3)
-    monkeypatch.setattr(Training, "_step", step)
+            healed(LOCAL, GLOBAL, name="killed", save_minutes=save_minutes)
+    monkeypatch.setattr(Training, "_step", counted)
     with (tmp_path / ".killed.partial" / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "trai')
-    healed(LOCAL, GLOBAL, name="killed", save_every=3)
+    healed(LOCAL, GLOBAL, name="killed")
+    assert (len(made) == 4 + 6) == (save_minutes < 1)
     assert losses_of(tmp_path / "killed") == losses_of(tmp_path / "out")
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("killed", "out"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

@@ -150,16 +150,15 @@ class Course:
         return feed, corpus.order, corpus.sources
 
     def _train(self, number: int, stage: TrainingStage, training: Training, student: Model) -> None:
-        progress = self.progress
+        progress, habits = self.progress, self.habits
         done_before = sum(outcome.num_steps for outcome in progress.stages)
         tokens_before = sum(outcome.num_tokens for outcome in progress.stages)
-        examined = evenly(stage.num_steps, self.habits.check_ups)
-        saved = set(range(self.habits.save_every, stage.num_steps, self.habits.save_every))
+        examined = evenly(stage.num_steps, habits.check_ups)
         every = max(1, stage.num_steps // POINTS)
-        stops = sorted({*range(every, stage.num_steps, every), *saved, *examined})
+        stops = sorted({*range(every, stage.num_steps, every), *examined})
         stops = [stop for stop in stops if stop > progress.step]
         since, before = time.monotonic(), progress.step
-        cold = True
+        saved, cold = since, True
         speed = partial(self._speed, stage)
         for done in track(training.run(progress.step, stops), f"heal: {stage.name}", len(stops), speed):
             if done.broken is not None:
@@ -173,7 +172,9 @@ class Course:
             progress.warm_seconds += elapsed * (not cold)
             progress.warm_steps += (step - before) * (not cold)
             cold, before = False, step
-            if step in saved or step in examined:
+            # Of clocks that disagree the first rank's counts: all save or none does.
+            due = self.ranks.tell(time.monotonic() - saved >= 60 * habits.save_minutes)
+            if due or step in examined:
                 progress.step = step
                 name = checkpoints.save(student, training.optimizer, self.folder.state, done_before + step, self.ranks)
                 progress.checkpoint = name
@@ -184,6 +185,7 @@ class Course:
                 self._save_progress()
                 checkpoints.forget(self.folder.state, name, self.ranks)
                 self._forget_students()
+                saved = time.monotonic()
             since = time.monotonic()
 
     def _speed(self, stage: TrainingStage) -> str:

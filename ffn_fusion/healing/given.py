@@ -49,7 +49,7 @@ class Habits:
     dtype: torch.dtype
     batch_size: int
     check_ups: int
-    save_every: int
+    save_minutes: float
     patience: int
     compiled: bool
     checkpointed: bool

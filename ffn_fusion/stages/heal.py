@@ -47,7 +47,7 @@ def heal(
     domain_windows: TwoOrMore = 8,
     domain_length: TwoOrMore = 512,
     check_ups: Positive = 4,
-    save_every: Positive = 200,
+    save_minutes: Above0 = 10.0,
     patience: NotNegative = 2,
     compile: bool | None = None,
     gradient_checkpointing: bool = False,
@@ -89,8 +89,8 @@ def heal(
         Tokens in such a window.
     check_ups
         How often in each stage the domains are measured, evenly spread.
-    save_every
-        Steps between checkpoints; each check-up makes one too.
+    save_minutes
+        Minutes between checkpoints, at most what a killed run loses; each check-up makes one too.
     patience
         Stop when a domain got worse at so many check-ups in a row while the loss fell; 0 never stops.
     compile
@@ -109,7 +109,9 @@ def heal(
     _check(pair, recipe)
     dtype = pick_training_dtype(machine, target.checkpoint)
     compiled = pick_device(machine).type == "cuda" if compile is None else compile
-    habits = Habits(dtype, machine.batch_size, check_ups, save_every, patience, compiled, gradient_checkpointing, seed)
+    habits = Habits(
+        dtype, machine.batch_size, check_ups, save_minutes, patience, compiled, gradient_checkpointing, seed
+    )
     cache = open_cache(teacher, source, machine.trust_remote_code) if teacher else None
     if cache:
         for stage in recipe.stages:

@@ -2,14 +2,15 @@
 # How far healing brings a fused student back, and what each choice is worth. One GPU; parts run side by side.
 # benchmarks/healing.sh OUT MODEL TEXTS [PLAN [FASTER ...]]      TEXTS: the folder that benchmarks/mix.py made
 #
-# ONLY="speed main ..." picks parts: speed, rates, main, unfused, plain, local, paper, faster, tasks.
+# ONLY="speed main ..." picks parts: speed, rates, main, unfused, plain, local, paper, tasks, faster, faster-tasks.
 # RATE, STEP: of all runs but those of part rates. TOKENS, FASTER_TOKENS: of the main run and of the runs of FASTER plans.
 set -eu
 out=$1 model=$2 texts=$3
-plan=${4:-A0F0 A1F1 A2F2 A3F3 A4F4 A5F5 -F6 -F7 -F8 A9F9 A10F10 A11F11 A12F12 A13F13+14+15 A16F16+17+18+19+20 A21F21 A22F22 A23F23 A24F24 -F25 -F26 A27F27 -F28 A29F29}
+# What `search --sublayers 42 --kv-bytes 13824 --trials 10` finds of SmolLM2-135M: twelve attentions removed, six blocks fewer.
+plan=${4:-A0F0 A1F1 A2F2 A3F3 A4F4 A5F5 -F6 -F7 -F8 A9F9 A10F10 A11F11+12 A13F13+14+15 A16F16+17+18 A19F19 A20F20 A21F21 A22F22 A23F23 A24F24 -F25 -F26 A27F27+28 -F29}
 [ $# -gt 4 ] && shift 4 || shift $#
-only=${ONLY:-speed main unfused plain local paper faster tasks}
-rate=${RATE:-3.0e-4} step=${STEP:-65_536} tokens=${TOKENS:-60_000_000}
+only=${ONLY:-speed main unfused plain local paper tasks faster faster-tasks}
+rate=${RATE:-4.0e-4} step=${STEP:-16_384} tokens=${TOKENS:-100_000_000}
 run() { python3 -m ffn_fusion "$@"; }
 wanted() { case " $only " in *" $1 "*) true ;; *) false ;; esac; }
 mkdir -p "$out/recipes" "$out/logs"
@@ -37,7 +38,7 @@ recipe local "$(stage local 2_000_000 "$rate" 1024 'trains: neighbours, local: t
 $(stage global 6_000_000 "$rate")"
 recipe paper "$(stage 1k 6_000_000 "$rate")
 $(stage 4k 2_000_000 1.0e-4 4096)"
-variants="1.0e-4,65_536 2.0e-4,65_536 3.0e-4,65_536 5.0e-4,65_536 1.0e-4,16_384 2.0e-4,16_384 3.0e-4,16_384"
+variants="2.0e-4,16_384 4.0e-4,16_384 8.0e-4,16_384 4.0e-4,65_536 8.0e-4,65_536"
 for each in $variants; do
     (IFS=, && set -- $each && step=$2 && recipe "variant-$each" "$(stage global 3_000_000 "$1")")
 done
@@ -47,9 +48,18 @@ fuse() { # NAME PLAN OPTION...
     shift 2
     run fuse "$model" --plan "$its" --fit-windows 128 --batch-size 16 --out "$out/$name" "$@" > "$out/logs/$name" 2>&1
 }
-heal() { # NAME STUDENT RECIPE
-    run heal "$model" "$out/$2" --stages "$out/recipes/$3.yaml" --batch-size 16 --check-ups 6 --out "$out/healed-$1" \
-        > "$out/logs/healed-$1" 2>&1
+heal() { # NAME STUDENT RECIPE: to the end, whatever becomes of a domain
+    run heal "$model" "$out/$2" --stages "$out/recipes/$3.yaml" --batch-size 16 --check-ups 6 --patience 0 \
+        --out "$out/healed-$1" > "$out/logs/healed-$1" 2>&1
+}
+tasks() { # NAME STUDENT...: of those that are there
+    name=$1
+    shift
+    for student in "$@"; do
+        shift
+        [ -e "$student/record.json" ] && set -- "$@" "$student"
+    done
+    run eval "$model" "$@" --windows 64 --tasks commonsense --out "$out/$name" --batch-size 32 > "$out/logs/$name" 2>&1
 }
 fuse fused "$plan"
 wanted speed && python3 benchmarks/healing.py "$model" "$out/fused" --windows 32 --steps 5 --out "$out/speed.json"
@@ -74,11 +84,7 @@ if wanted faster; then
     done
 fi
 wait
-if wanted tasks; then
-    set -- "$out/fused"
-    for healed in "$out/healed-main" "$out/healed-unfused" "$out"/healed-faster-*; do
-        [ -e "$healed/record.json" ] && set -- "$@" "$healed"
-    done
-    run eval "$model" "$@" --windows 64 --tasks commonsense --out "$out/eval" --batch-size 32
-fi
+if wanted tasks; then tasks eval "$out/fused" "$out/healed-main" "$out/healed-unfused" & fi
+if wanted faster-tasks; then tasks eval-faster "$out"/healed-faster-* & fi
+wait
 run report "$out" --out "$out/report.html"

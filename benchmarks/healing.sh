@@ -52,14 +52,14 @@ heal() { # NAME STUDENT RECIPE: to the end, whatever becomes of a domain
     run heal "$model" "$out/$2" --stages "$out/recipes/$3.yaml" --batch-size 16 --check-ups 6 --patience 0 \
         --out "$out/healed-$1" > "$out/logs/healed-$1" 2>&1
 }
-tasks() { # NAME STUDENT...: of those that are there
-    name=$1
-    shift
-    for student in "$@"; do
-        shift
-        [ -e "$student/record.json" ] && set -- "$@" "$student"
+score() { # NAME STUDENTS OPTION...: of those that are there
+    name=$1 students=
+    for student in $2; do
+        [ -e "$student/record.json" ] && students="$students $student"
     done
-    run eval "$model" "$@" --windows 64 --tasks commonsense --out "$out/$name" --batch-size 32 > "$out/logs/$name" 2>&1
+    shift 2
+    # shellcheck disable=SC2086
+    run eval "$model" $students --windows 64 --batch-size 32 --out "$out/$name" "$@" > "$out/logs/$name" 2>&1
 }
 fuse fused "$plan"
 wanted speed && python3 benchmarks/healing.py "$model" "$out/fused" --windows 32 --steps 5 --out "$out/speed.json"
@@ -84,7 +84,11 @@ if wanted faster; then
     done
 fi
 wait
-if wanted tasks; then tasks eval "$out/fused" "$out/healed-main" "$out/healed-unfused" & fi
-if wanted faster-tasks; then tasks eval-faster "$out"/healed-faster-* & fi
+both_ends="$out/fused $out/healed-main"
+if wanted tasks; then
+    score tasks "$both_ends $out/healed-unfused" --tasks commonsense &
+    (score brown "$both_ends" --text "$texts/brown.jsonl" && score speeches "$both_ends" --text "$texts/speeches.jsonl") &
+fi
+if wanted faster-tasks; then score faster-tasks "$(echo "$out"/healed-faster-*)" --tasks commonsense & fi
 wait
 run report "$out" --out "$out/report.html"

@@ -106,7 +106,7 @@ class Course:
             checkpoints.restore(student, own, self.folder.state, progress.checkpoint)
         if not progress.check_ups:
             self._check_up(student, stage)
-        self._train(number, stage, training, student)
+        self._train(stage, training, student)
         steps = self._steps_made()
         if not steps:
             self._save_progress()
@@ -149,7 +149,7 @@ class Course:
         feed = LiveFeed(corpus, stage.losses, objective.asked, parent, self.head, self.ranks.device)
         return feed, corpus.order, corpus.sources
 
-    def _train(self, number: int, stage: TrainingStage, training: Training, student: Model) -> None:
+    def _train(self, stage: TrainingStage, training: Training, student: Model) -> None:
         progress, habits = self.progress, self.habits
         done_before = sum(outcome.num_steps for outcome in progress.stages)
         tokens_before = sum(outcome.num_tokens for outcome in progress.stages)

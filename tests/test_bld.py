@@ -42,6 +42,7 @@ from ffn_fusion.hf.library import PREFIXES, Library, parent_key
 from ffn_fusion.hf.meter import Meter
 from ffn_fusion.hf.model import ModelFolder, student_arch
 from ffn_fusion.hf.probe import record, resume
+from ffn_fusion.hf.provenance import texts_behind
 from ffn_fusion.hf.student import write_student
 from ffn_fusion.hf.surgery import block_recipes
 from ffn_fusion.hf.walk import ParentWalk
@@ -229,13 +230,14 @@ def test_padding_stays_zero(tiny_parent: Parent) -> None:
 
 
 def test_a_student_has_the_librarys_tensors_and_else_the_parents(
-    library: Path, tiny_parent: Parent, tmp_path: Path
+    library: Path, tiny_parent: Parent, text: Text, tmp_path: Path
 ) -> None:
     """-F1 as it stands there; A2/1F2:48, which does not, from A2/1F2 and A2F2:48."""
     parent = tiny_parent("llama")
     result = fuse(str(parent), plan=COMPOSED, out=tmp_path / "s", library=library, fusion=NOT_FITTED).result
     assert result.library == str(library)
     assert result.sample is None, "the channels are the library's"
+    assert texts_behind(ModelFolder(tmp_path / "s")) == list(text.text)
     assert [cut.width for cut in result.cuts] == [48]
     student, own = load_file(tmp_path / "s" / "model.safetensors"), load_file(parent / "model.safetensors")
     alone, ffn, attention = (tensors_of(library, block) for block in UNITS)

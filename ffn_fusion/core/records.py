@@ -123,6 +123,12 @@ class FuseResult:
     sample: Sample | None
     cuts: list[CutSummary] = field(default_factory=list)
     library: str | None = None
+    library_texts: list[str] = field(default_factory=list)
+
+    @property
+    def texts(self) -> list[str]:
+        """All text that fitted it or trained its blocks."""
+        return list(dict.fromkeys([*(self.sample.sources if self.sample else ()), *self.library_texts]))
 
     def summary(self) -> str:
         plan = Plan.parse(self.plan)

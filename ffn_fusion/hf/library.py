@@ -1,7 +1,7 @@
 """A library of trained blocks: which tensors of a block come from it, and what it takes to be of the same parent."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -30,13 +30,16 @@ PREFIXES: dict[Part, tuple[str, ...]] = {
 
 
 class Library:
-    """Trained blocks by their text, each a safetensors file, and the channel contributions that chose their channels.
+    """Trained blocks by their names, each a safetensors file, the channel contributions that chose their channels, and
+    the texts that they were trained on.
 
     A block that is not there is composed of decoupled ones: its attention from A6/1F6, its FFN from A6F6:1024.
     """
 
-    def __init__(self, files: Mapping[str, Path], contributions: Mapping[int, Tensor]) -> None:
-        self.files, self.contributions = dict(files), dict(contributions)
+    def __init__(
+        self, files: Mapping[str, Path], contributions: Mapping[int, Tensor], texts: Sequence[str] = ()
+    ) -> None:
+        self.files, self.contributions, self.texts = dict(files), dict(contributions), list(texts)
 
     @classmethod
     def open(cls, folder: Path, parent: ModelFolder, norm: Norm, channel_steps: int = 1) -> "Library":
@@ -56,6 +59,7 @@ class Library:
         return cls(
             {unit.block: folder / unit.file for unit in result.units},
             {int(layer): contribution for layer, contribution in found.items()},
+            result.sample.sources,
         )
 
     @property

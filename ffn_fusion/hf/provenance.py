@@ -11,8 +11,7 @@ def texts_behind(student: ModelFolder) -> list[str]:
     """Texts that a model was calibrated or trained on; none for a parent."""
     stage = stage_of(student.folder)
     if stage == "fuse":
-        sample = read_record(student.folder, FuseResult).result.sample
-        return sample.sources if sample else []
+        return read_record(student.folder, FuseResult).result.texts
     if stage == "heal":
         return read_record(student.folder, HealResult).result.texts
     return read_record(student.folder, AlignResult).result.texts if stage == "align" else []

@@ -108,6 +108,7 @@ def fuse(
             sample=sample.sample if sample else None,
             cuts=cuts,
             library=str(library) if library else None,
+            library_texts=blocks.texts if blocks else [],
         )
         return result, where(machine, dtype)
 

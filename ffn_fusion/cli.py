@@ -62,6 +62,13 @@ def _status(arguments: list[str]) -> int:
         return _fail(
             f"the disk is full ({error.filename or error.strerror}); free some space, the same command continues"
         )
+    except Exception as error:
+        # Known by where it comes from: importing its classes would make every command slower.
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        go_without = "it needs a C++ compiler, or go without: heal --no-compile, bench --compile off"
+        return _fail(f"torch.compile failed: {reason}; {go_without}")
     _show(result)
     return 0
 

@@ -1,5 +1,8 @@
 """`ffn`: the ways to compute FFNs are one computation, and the rows compare the right pairs."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -57,3 +60,19 @@ def test_what_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     one_line(lambda: ffn(out=tmp_path / "out", **(CALL | {"group": 3})), "do not fall into groups of 3")
     monkeypatch.setattr(ffn_race, "available", lambda _: 1e6)
     one_line(lambda: ffn(out=tmp_path / "out", **CALL), "4 FFNs of 128 x 256 need 0.0 GB on each device")
+
+
+def test_a_machine_that_cannot_compile_gets_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ffn_fusion", "ffn", "--out", str(tmp_path / "out"), "--device", "cpu"]
+    command += [f"--{name.replace('_', '-')}={value}" for name, value in CALL.items()]
+    environment = {"CXX": str(tmp_path / "nowhere"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run(
+        command, env=os.environ | environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert (
+        done.stderr.strip()
+        .splitlines()[-1]
+        .startswith("ffn-fusion: torch.compile failed: InvalidCxxCompiler: No working")
+    )

@@ -25,6 +25,7 @@ from ffn_fusion.core.records import EvalResult
 from ffn_fusion.core.stats import Estimate
 from ffn_fusion.errors import UserError
 from ffn_fusion.folder import Record, read_record
+from ffn_fusion.healing import corpus
 from ffn_fusion.healing.corpus import Corpus
 from ffn_fusion.healing.course import Course
 from ffn_fusion.healing.domains import Answers
@@ -35,6 +36,7 @@ from ffn_fusion.healing.sharded import Form, Model, load
 from ffn_fusion.healing.teacher_cache import open_cache
 from ffn_fusion.hf.model import ModelFolder
 from ffn_fusion.hf.resolve import read_plan
+from ffn_fusion.hf.text import shuffled_pieces
 from ffn_fusion.settings import Machine, Text
 from ffn_fusion.stages.evaluate import evaluate
 from ffn_fusion.stages.heal import heal
@@ -143,7 +145,13 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
 ) -> None:
     """Saved at every step, or at check-ups only, which come after every second or third: the rest is made again."""
     healed(LOCAL, GLOBAL)
-    step, victims, made = Training._step, (2, 3, 5), []
+    step, victims, made, tokenised = Training._step, (2, 3, 5), [], []
+
+    def read(text: Text, *arguments: Any) -> list[str]:
+        tokenised.append(text)
+        return shuffled_pieces(text, *arguments)
+
+    monkeypatch.setattr(corpus, "shuffled_pieces", read)
 
     def counted(self: Training, number: int) -> torch.Tensor:
         made.append(number)
@@ -166,6 +174,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
         file.write('{"kind": "trai')
     healed(LOCAL, GLOBAL, name="killed")
     assert (len(made) == 4 + 6) == (save_minutes < 1)
+    assert len(tokenised) == 2 * 2, "both texts of each stage once"
     assert losses_of(tmp_path / "killed") == losses_of(tmp_path / "out")
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("killed", "out"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

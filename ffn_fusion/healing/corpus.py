@@ -1,10 +1,11 @@
 """The text of a training stage: windows of token ids of several sources in their shares, in an order that the seed
 alone decides, on disk."""
 
-from array import array
+import os
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from ffn_fusion.core.curriculum import Source
 from ffn_fusion.core.heal_records import Drawn
 from ffn_fusion.errors import UserError
+from ffn_fusion.folder import StageFolder
 from ffn_fusion.hf.text import shuffled_pieces
 from ffn_fusion.settings import Text
 
@@ -36,26 +38,48 @@ class Corpus:
 
 
 def build_corpus(
-    sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase, length: int, count: int, seed: int, path: Path
+    sources: Sequence[Source],
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    count: int,
+    seed: int,
+    folder: StageFolder,
+    name: str,
+    is_first: bool,
 ) -> Corpus:
     """`count` windows of `length` tokens; a source with too little text is read again and again, each time shuffled.
 
-    Only the part of a source that is not for measuring is read (`read_windows`). `path` is where ids are kept.
+    Only the part of a source that is not for measuring is read (`read_windows`). Ids are kept under `name` in the
+    folder's state, where all ranks and a run that goes on find them. One rank tokenises, for as long as it takes: no
+    collective would wait for it that long.
     """
+    path, counts = folder.state / name, f"{name}.json"
+    wanted = _wanted(sources, count)
+    if is_first and folder.load(counts) is None:
+        with path.open("wb") as file:
+            pairs = zip(sources, wanted, strict=True)
+            written = [_write(source, tokenizer, length, number, seed, file) for source, number in pairs]
+        folder.save(counts, written)
+    while (held := folder.load(counts)) is None:
+        time.sleep(1)
+    generator = np.random.default_rng(seed)
+    orders, start = [], 0
+    for number, there in zip(wanted, held, strict=True):
+        orders += [start + repeated(number, there, generator)] if number else []
+        start += there
+    windows = np.memmap(path, dtype=np.uint32, mode="r", shape=(start, length))
+    named = [(source.text, there) for source, there in zip(sources, held, strict=True)]
+    return Corpus(windows, generator.permutation(np.concatenate(orders)), named)
+
+
+def _wanted(sources: Sequence[Source], count: int) -> list[int]:
+    """Windows of each source, by its share."""
     shares = np.array([source.share for source in sources])
     if (shares <= 0).any():
         raise UserError("shares of text must be positive")
     ends = np.round(np.cumsum(shares) / shares.sum() * count).astype(int)
-    generator = np.random.default_rng(seed)
-    found, orders, start = [], [], 0
-    for source, wanted in zip(sources, np.diff(ends, prepend=0).tolist(), strict=True):
-        windows = _windows(source, tokenizer, length, wanted, seed)
-        orders += [start + repeated(wanted, len(windows), generator)] if wanted else []
-        found.append(windows)
-        start += len(windows)
-    np.save(path, np.concatenate(found))
-    held = [(source.text, len(windows)) for source, windows in zip(sources, found, strict=True)]
-    return Corpus(np.load(path, mmap_mode="r"), generator.permutation(np.concatenate(orders)), held)
+    wanted: list[int] = np.diff(ends, prepend=0).tolist()
+    return wanted
 
 
 def drawn(order: np.ndarray, sources: Sequence[tuple[str, int]], length: int) -> list[Drawn]:
@@ -75,19 +99,24 @@ def repeated(count: int, of: int, generator: np.random.Generator) -> np.ndarray:
     return np.concatenate(rounds)[:count]
 
 
-def _windows(source: Source, tokenizer: PreTrainedTokenizerBase, length: int, count: int, seed: int) -> np.ndarray:
-    """At most `count` windows of a source, at least one; uint32 [windows, length]."""
+def _write(
+    source: Source, tokenizer: PreTrainedTokenizerBase, length: int, count: int, seed: int, file: BinaryIO
+) -> int:
+    """Append at most `count` windows of a source, at least one; how many."""
     text = replace(Text(), text=(source.text,), column=source.column, length=length, seed=seed)
-    # Four bytes a token, where a list takes 36.
-    ids = array("i")
+    wanted, written = length * max(1, count), 0
     for some in _tokenised(shuffled_pieces(text, tokenizer, "fit"), tokenizer):
-        ids.extend(some)
-        if len(ids) >= length * count:
+        part = np.array(some[: wanted - written], dtype=np.uint32)
+        file.write(part.tobytes())
+        written += len(part)
+        if written == wanted:
             break
-    whole = min(len(ids) // length, max(1, count))
-    if not whole:
-        raise UserError(f"text {source.text} has only {len(ids):,} tokens in its 'fit' part; a window has {length:,}")
-    return np.frombuffer(ids, dtype=np.int32)[: whole * length].astype(np.uint32).reshape(whole, length)
+    if written < length:
+        raise UserError(f"text {source.text} has only {written:,} tokens in its 'fit' part; a window has {length:,}")
+    # The last window is whole or is none.
+    file.seek(-4 * (written % length), os.SEEK_CUR)
+    file.truncate()
+    return written // length
 
 
 def _tokenised(pieces: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:

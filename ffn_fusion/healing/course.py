@@ -44,6 +44,7 @@ from ffn_fusion.progress import track
 STUDENTS = "students"
 POSITIONS = ("rope_parameters", "rope_theta", "rope_scaling", "max_position_embeddings")
 PROGRESS = "progress.json"
+TOKENS = "tokens-{}"
 POINTS = 200
 """Points of the curve in a stage, at most."""
 
@@ -131,6 +132,8 @@ class Course:
         progress.stage, progress.step = number + 1, 0
         progress.seconds, progress.warm_seconds, progress.warm_steps = 0.0, 0.0, 0
         self._save_progress()
+        if self.ranks.is_first:
+            (self.folder.state / TOKENS.format(number)).unlink(missing_ok=True)
 
     def _feed(
         self, number: int, stage: TrainingStage, objective: Objective
@@ -142,9 +145,8 @@ class Course:
             order = repeated(count, cache.num_windows, np.random.default_rng(seed))
             cached = CachedFeed(cache, order, stage.losses, self.ranks.device)
             return cached, order, [(str(cache.folder), cache.num_windows)]
-        path = self.folder.state / f"tokens-{self.ranks.rank}.npy"
-        sources = self.recipe.sources(stage)
-        corpus = build_corpus(sources, self.material.tokenizer, stage.length, count, seed, path)
+        kept = (self.folder, TOKENS.format(number), self.ranks.is_first)
+        corpus = build_corpus(self.recipe.sources(stage), self.material.tokenizer, stage.length, count, seed, *kept)
         parent = self.parent if needs_parent(stage) else None
         feed = LiveFeed(corpus, stage.losses, objective.asked, parent, self.head, self.ranks.device)
         return feed, corpus.order, corpus.sources

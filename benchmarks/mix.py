@@ -20,7 +20,10 @@ from pathlib import Path
 
 from lxml import html
 
-DEBIAN = ("anarchism", "sword-comm-tdavid", "python3.11-doc", "linux-doc-6.1", "postgresql-doc-15")
+DEBIAN = (
+    *("anarchism", "sword-comm-tdavid", "sword-comm-mhcc", "sword-text-web"),
+    *("python3.11-doc", "linux-doc-6.1", "postgresql-doc-15"),
+)
 LEAST = 200
 """Characters of a document worth having."""
 

@@ -10,7 +10,7 @@ out=$1 model=$2 texts=$3
 plan=${4:-A0F0 A1F1 A2F2 A3F3 A4F4 A5F5 -F6 -F7 -F8 A9F9 A10F10 A11F11+12 A13F13+14+15 A16F16+17+18 A19F19 A20F20 A21F21 A22F22 A23F23 A24F24 -F25 -F26 A27F27+28 -F29}
 [ $# -gt 4 ] && shift 4 || shift $#
 only=${ONLY:-speed main unfused plain local paper tasks faster faster-tasks}
-rate=${RATE:-4.0e-4} step=${STEP:-16_384} tokens=${TOKENS:-100_000_000}
+rate=${RATE:-3.0e-4} step=${STEP:-16_384} tokens=${TOKENS:-100_000_000}
 run() { python3 -m ffn_fusion "$@"; }
 wanted() { case " $only " in *" $1 "*) true ;; *) false ;; esac; }
 mkdir -p "$out/recipes" "$out/logs"
@@ -38,7 +38,7 @@ recipe local "$(stage local 2_000_000 "$rate" 1024 'trains: neighbours, local: t
 $(stage global 6_000_000 "$rate")"
 recipe paper "$(stage 1k 6_000_000 "$rate")
 $(stage 4k 2_000_000 1.0e-4 4096)"
-variants="2.0e-4,16_384 4.0e-4,16_384 8.0e-4,16_384 4.0e-4,65_536 8.0e-4,65_536"
+variants="1.0e-4,16_384 2.0e-4,16_384 4.0e-4,16_384 8.0e-4,16_384 4.0e-4,65_536"
 for each in $variants; do
     (IFS=, && set -- $each && step=$2 && recipe "variant-$each" "$(stage global 3_000_000 "$1")")
 done

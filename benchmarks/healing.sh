@@ -20,24 +20,24 @@ recipe() { # NAME STAGES: the mix and the domains are the same for all
 domains: {prose: builtin:novels, knowledge: builtin:wikipedia, maths: builtin:maths, code: builtin:code,
           chat: builtin:dialogue, speeches: $texts/speeches.jsonl, brown: $texts/brown.jsonl}
 text:
-  - {text: $texts/chats.jsonl, column: messages, share: 2}
+  - {text: $texts/chats.jsonl, column: messages, share: 3}
   - {text: $texts/prose.jsonl, share: 1}
   - {text: $texts/manuals.jsonl, share: 1}
 stages:
 $2
 END
 }
-both="losses: {kl: 1, cosine: 1}"
+kl="losses: {kl: 1}" papers="losses: {kl: 1, cosine: 1}"
 stage() { # NAME TOKENS RATE [LENGTH [MORE]]
-    echo "- {name: $1, tokens: $2, length: ${4:-1024}, step_tokens: $step, learning_rate: $3, ${5:-$both}}"
+    echo "- {name: $1, tokens: $2, length: ${4:-1024}, step_tokens: $step, learning_rate: $3, ${5:-$kl}}"
 }
 recipe main "$(stage global "$tokens" "$rate")"
 recipe faster "$(stage global "${FASTER_TOKENS:-12_000_000}" "$rate")"
 recipe short "$(stage global 8_000_000 "$rate")"
 recipe local "$(stage local 2_000_000 "$rate" 1024 'trains: neighbours, local: true, losses: {mse: 1}')
 $(stage global 6_000_000 "$rate")"
-recipe paper "$(stage 1k 6_000_000 "$rate")
-$(stage 4k 2_000_000 1.0e-4 4096)"
+recipe paper "$(stage 1k 6_000_000 "$rate" 1024 "$papers")
+$(stage 4k 2_000_000 1.0e-4 4096 "$papers")"
 variants="1.0e-4,16_384 2.0e-4,16_384 4.0e-4,16_384 8.0e-4,16_384 4.0e-4,65_536"
 for each in $variants; do
     (IFS=, && set -- $each && step=$2 && recipe "variant-$each" "$(stage global 3_000_000 "$1")")

@@ -199,7 +199,9 @@ def test_students_that_are_to_be_kept_outlive_a_kill(
     assert {path.name for path in students.iterdir()} == {"step-3", "step-6"}
 
 
+@pytest.mark.parametrize("program", [["-m", "ffn_fusion"], [str(Path(__file__).parent / "ranked_heal.py")]])
 def test_two_ranks_go_on_from_one_and_learn_the_same(
+    program: list[str],
     healed: Callable[..., Any],
     tiny_parent: Tiny,
     tiny_student: Tiny,
@@ -221,7 +223,7 @@ def test_two_ranks_go_on_from_one_and_learn_the_same(
     # Of two ranks that were killed, one had kept the parent's answers: both must ask again.
     (tmp_path / ".two.partial" / "state" / "answers-0-of-2.safetensors").write_bytes(b"")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "ffn_fusion", "heal", str(tiny_parent("llama")), str(tiny_student("llama"))]
+    command += [*program, "heal", str(tiny_parent("llama")), str(tiny_student("llama"))]
     command += ["--out", str(tmp_path / "two"), "--stages", str(tmp_path / "recipe.yaml"), "--device", "cpu"]
     command += ["--dtype", "fp32", "--domain-windows", "2", "--domain-length", "32", "--check-ups", "2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)

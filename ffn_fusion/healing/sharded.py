@@ -19,6 +19,9 @@ from ffn_fusion.hf.surgery import LAYER
 
 RECOMPILES = 64
 """Blocks of so many different shapes are compiled; torch would go back to eager after eight."""
+LARGE = 2**24
+"""Parameters of a block that is worth a group of its own. A group costs the host a millisecond in each pass; smaller
+blocks are gathered together with embedding and head, once a step."""
 
 
 @dataclass(frozen=True)
@@ -116,8 +119,8 @@ def load(folder: ModelFolder, config: Any, form: Form, ranks: Ranks) -> Model:
         if form.compiled:
             torch._dynamo.config.recompile_limit = RECOMPILES
             layer.forward = torch.compile(layer.forward, dynamic=False)
-        # A rank alone has nothing to gather, and a group for each block would cost the host a millisecond each pass.
-        if ranks.size > 1:
+        # A rank alone has nothing to gather.
+        if ranks.size > 1 and sum(parameter.numel() for parameter in layer.parameters()) >= LARGE:
             shard(layer)
     _fill(model, checkpoint, "", ranks.device, stored, form, skip=LAYER.split("{", maxsplit=1)[0])
     model.tie_weights()

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_report import bench, browse, evaluate, figures_of, fuse, measured, needs_browser, page_of, search, write
 
-from ffn_fusion.core.records import EvalResult, TaskMetric, TaskResult, TaskScore, Unscored
+from ffn_fusion.core.records import EvalResult, TaskMetric, TaskResult, TaskScore, Unscored, averages
 from ffn_fusion.core.scale import axis, panels, scale
-from ffn_fusion.core.stats import Estimate, Paired
+from ffn_fusion.core.stats import Estimate, Paired, estimate, paired
 from ffn_fusion.folder import RECORD
 
 MODELS = ("parent", "student", "other student")
@@ -157,7 +157,7 @@ def test_a_limited_task_says_so_wherever_its_score_is(tmp_path: Path) -> None:
         assert limited == ["mmlu"]
     heads = re.findall(r'<tr class="about.*?</tr>', markup, flags=re.DOTALL)
     assert [text_of(head).split()[0] for head in heads if LIMITED in head] == ["mmlu"]
-    assert "Tasks: mean share of parent 84.4% limited, 3 tasks; other student" in text_of(markup)
+    assert re.search(r"the parent's mean 85.6% limited, \[[\d.%, ]+\]; 3 tasks; other student", text_of(markup))
 
 
 def test_headlines_stay_six_and_take_shares_of_percentages_only(tmp_path: Path) -> None:
@@ -168,15 +168,39 @@ def test_headlines_stay_six_and_take_shares_of_percentages_only(tmp_path: Path) 
     markup = page_of(tmp_path / "work", out=tmp_path / "report.html")
     assert len(re.findall("<dt>", markup)) == 6
     text = text_of(markup)
-    share = (0.6245 / 0.625 + 0.31 / 0.3 + 0.2 / 0.4) / 3
-    assert f"Tasks: mean share of parent {share:.1%} 3 tasks; other student" in text
+    share = (0.6245 + 0.31 + 0.2) / (0.625 + 0.3 + 0.4)
+    assert re.search(rf"Tasks: share of the parent's mean {share:.1%} \[[\d.%, ]+\]; 3 tasks; other student", text)
     assert "Perplexity " not in text
     assert "limited" not in text
 
 
+def test_what_a_student_keeps_of_the_mean_over_tasks() -> None:
+    """By hand: 200 and 800 items, of which 20 and 40 are lost and 10 and 0 won; a task seen before does not count."""
+
+    def answered(name: str, parent: list[int], student: list[int], overlap: int) -> TaskResult:
+        before, after = (estimate(values, [1] * len(values)) for values in (parent, student))
+        scores = [TaskScore("p", before, None, None), TaskScore("s", after, paired(parent, student), None)]
+        return replace(task(name, [TaskMetric("acc", True, scores)], n=len(parent)), overlap=overlap)
+
+    few = answered("few", [1] * 100 + [0] * 100, [0] * 20 + [1] * 90 + [0] * 90, 20)
+    many = answered("many", [1] * 400 + [0] * 400, [1] * 360 + [0] * 440, 0)
+    seen = answered("seen", [1] * 100 + [0] * 100, [0] * 200, 21)
+    judged = task("judged", [metric("judge", [6.0, 5.0], 0.25)])
+    (found,) = averages([few, many, seen, judged])
+    assert (found.model, found.num_tasks, found.parent) == ("s", 2, 0.5)
+    assert found.share == pytest.approx((0.45 + 0.45) / (0.5 + 0.5))
+    # Variances of the differences: of 30 changes by -10 among 200, and of 40 lost among 800.
+    variances = (30 - 10**2 / 200) / 199 / 200, (40 - 40**2 / 800) / 799 / 800
+    assert found.half == pytest.approx(1.96 * sum(variances) ** 0.5 / 2)
+    low, high = (f"{(0.45 + sign * found.half) / 0.5:.1%}" for sign in (-1, 1))
+    lines = EvalResult(evaluate().sample, [], [few, many, seen]).summary()
+    assert f"s keeps 90.0% [{low}, {high}] of the parent's mean over 2 tasks, without seen" in lines
+    assert "keeps" not in EvalResult(evaluate().sample, [], [few]).summary()
+
+
 def test_tasks_without_percentages_leave_the_headlines_alone(tmp_path: Path) -> None:
     text = text_of(page(tmp_path, evaluated([t for t in tasks() if t.task == "mt_bench"])))
-    assert "mean share of parent" not in text
+    assert "parent's mean" not in text
     assert "Perplexity 20.09 → 22.20" in text
 
 

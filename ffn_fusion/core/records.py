@@ -1,9 +1,16 @@
 """Results of the stages, as they are written to `record.json` and returned by the Python API."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 
 from ffn_fusion.core.plan import Plan, contiguous
 from ffn_fusion.core.stats import Estimate, Paired
+
+SEEN = 0.1
+"""Share of a task's items that may overlap with text that a student was fitted to."""
+NORMAL = 1.96
 
 
 @dataclass(frozen=True)
@@ -173,6 +180,12 @@ class TaskMetric:
     higher_is_better: bool
     scores: list[TaskScore]
 
+    @property
+    def is_share(self) -> bool:
+        """A share of 1 of which more is better, as accuracies are."""
+        means = [score.value.mean for score in self.scores if math.isfinite(score.value.mean)]
+        return self.higher_is_better and all(0 <= mean <= 1 for mean in means)
+
 
 @dataclass(frozen=True)
 class TaskResult:
@@ -195,9 +208,55 @@ class TaskResult:
     note: str = ""
 
     @property
+    def seen(self) -> bool:
+        """More than a tenth of the items overlap with text that a student was fitted to."""
+        return (self.overlap or 0) > SEEN * self.num_items
+
+    @property
     def limited(self) -> str:
         """The warning that stands wherever a score of a part of the items does."""
         return f"limited, n = {self.num_items:,}" if self.num_items < self.total_items else ""
+
+
+@dataclass(frozen=True)
+class Average:
+    """Means over tasks of a student and its parent, and half the 95 % interval of their difference on these items."""
+
+    model: str
+    num_tasks: int
+    student: float
+    parent: float
+    half: float
+
+    @property
+    def share(self) -> float:
+        return self.student / self.parent
+
+    @property
+    def interval(self) -> str:
+        low, high = ((self.student + half) / self.parent for half in (-self.half, self.half))
+        return f"[{low:.1%}, {high:.1%}]"
+
+
+def averages(tasks: Sequence[TaskResult]) -> list[Average]:
+    """Of each student, over the customary metrics that are shares; tasks whose items it may have seen do not count.
+
+    Tasks are independent samples, and student and parent had the same items.
+    """
+    pairs: dict[str, list[tuple[float, Estimate]]] = {}
+    for task in tasks:
+        metric = task.metrics[0]
+        for score in metric.scores[1:] if metric.is_share and not task.seen else ():
+            if score.difference:
+                pair = (metric.scores[0].value.mean, score.difference.difference)
+                pairs.setdefault(score.model, []).append(pair)
+    found = []
+    for model, both in pairs.items():
+        parent, change = fmean(mean for mean, _ in both), fmean(difference.mean for _, difference in both)
+        stderr = math.sqrt(sum(difference.stderr**2 for _, difference in both)) / len(both)
+        if parent > 0:
+            found.append(Average(model, len(both), parent + change, parent, NORMAL * stderr))
+    return found
 
 
 @dataclass(frozen=True)
@@ -228,6 +287,12 @@ class EvalResult:
         lines.append(f"{self.sample.num_tokens:,} tokens of {', '.join(self.sample.sources)}")
         for task in self.tasks:
             lines += ["", *_task_lines(task)]
+        left_out = [task.task for task in self.tasks if task.seen]
+        for average in averages(self.tasks) if len(self.tasks) > 1 else ():
+            lines.append(
+                f"\n{average.model[-36:]} keeps {average.share:.1%} {average.interval} of the parent's mean over "
+                f"{average.num_tasks} tasks" + (f", without {', '.join(left_out)}" if left_out else "")
+            )
         lines += [f"\n{u.task} was not scored: {u.reason}" for u in self.unscored]
         return "\n".join(lines)
 

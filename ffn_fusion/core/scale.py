@@ -49,7 +49,7 @@ def _is_seen(text: str) -> bool:
 def scale(metric: TaskMetric) -> Scale:
     """Percentages have two decimals, the largest of any other scores four digits."""
     means = [score.value.mean for score in metric.scores if math.isfinite(score.value.mean)]
-    percent = metric.higher_is_better and all(0 <= mean <= 1 for mean in means)
+    percent = metric.is_share
     largest = max(map(abs, means), default=0)
     digits = math.floor(math.log10(largest)) if largest else 0
     return Scale(percent, 2 if percent else max(3 - digits, 0))

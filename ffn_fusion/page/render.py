@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from statistics import fmean
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -13,7 +12,7 @@ from ffn_fusion.core import comparison
 from ffn_fusion.core.cost_records import LABELS
 from ffn_fusion.core.engine_records import QUESTION
 from ffn_fusion.core.plan import Plan, contiguous
-from ffn_fusion.core.records import EvalResult, ModelScore, TaskResult
+from ffn_fusion.core.records import EvalResult, ModelScore, TaskResult, averages
 from ffn_fusion.core.scale import panels, scale
 from ffn_fusion.core.score_grid import grid, row_of
 from ffn_fusion.core.stats import Estimate
@@ -110,15 +109,14 @@ def _headlines(records: Records) -> list[Headline]:
 
 
 def _tasks(records: Records) -> Iterator[Headline]:
-    """The last student's mean share, over first metrics that are shares of 1 of which more is better."""
+    """What the last student keeps of its parent's mean."""
     tasks = [task for entry in records.eval for task in entry.result.tasks]
     student = _models(tasks)[-1] if tasks else ""
-    scored = [(task, s) for task in tasks if scale(task.metrics[0]).percent for s in task.metrics[0].scores]
-    shares = [(t, s.share_of_parent) for t, s in scored if s.model == student and s.share_of_parent is not None]
-    if shares:
-        note = f"{len(shares)} {'task' if len(shares) == 1 else 'tasks'}; {student}"
-        note = f"limited, {note}" if any(task.limited for task, _ in shares) else note
-        yield Headline("Tasks: mean share of parent", f"{fmean(share for _, share in shares):.1%}", note)
+    for average in averages(tasks):
+        if average.model == student:
+            note = f"{average.interval}; {average.num_tasks} {'task' if average.num_tasks == 1 else 'tasks'}; {student}"
+            note = f"limited, {note}" if any(task.limited for task in tasks) else note
+            yield Headline("Tasks: share of the parent's mean", f"{average.share:.1%}", note)
 
 
 def _student(records: Records) -> tuple[Entry[EvalResult], ModelScore] | None:

@@ -16,22 +16,29 @@ class Writing:
     ----------
     write
         Documents to write in place of reading --text: conversations of a prompt and an answer if the model has a chat
-        template.
+        template, else whatever it writes.
+    documents
+        Let a chat model, too, write whatever it writes from the token that begins a text: all that it was trained on.
     max_new_tokens
-        Longest prompt, and longest answer, in tokens. A longer prompt is rejected, a longer answer cut.
+        Longest prompt, and longest answer, in tokens: a longer prompt is rejected, a longer answer cut. Length of all
+        documents that are no conversations, in which one text may follow another.
     prompt_temperature
-        Of sampling prompts, and documents of a model without chat template.
+        Of sampling prompts, and documents that are no conversations.
     answer_temperature
         Of sampling answers.
     top_p
         Share of the probability that tokens are sampled from.
+    compile
+        Compile the model to write documents that are no conversations; by default on GPUs.
     """
 
     write: Positive | None = None
+    documents: bool = False
     max_new_tokens: Positive = 512
     prompt_temperature: Above0 = 1.0
     answer_temperature: Above0 = 0.7
     top_p: Share = 0.95
+    compile: bool | None = None
 
 
 @Parameter(name="*")

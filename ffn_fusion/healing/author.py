@@ -1,7 +1,8 @@
 """The parent as an author: it writes prompts and answers itself, for users who have no text of their own.
 
 An instruct model that is given its chat template up to the place where a user speaks writes what a user would say
-(Magpie, arXiv 2406.08464); then it answers. A model without a template writes documents from the token that begins one.
+(Magpie, arXiv 2406.08464); then it answers. A model without a template writes documents from the token that begins one,
+and so does any model if that is wanted: what it was trained on, in its own words (LLM-QAT, arXiv 2305.17888).
 """
 
 from collections import Counter
@@ -55,6 +56,12 @@ def repeats(ids: Sequence[int]) -> bool:
     return len(set(runs)) < MOST_REPEATED * len(runs)
 
 
+def _fault(text: str, ids: Sequence[int]) -> str | None:
+    if not any(map(str.isalnum, text)):
+        return "empty"
+    return "repeating itself" if repeats(ids) else None
+
+
 class Author:
     """Writes documents a batch at a time; a batch depends on its number, the seed, and what must not be repeated."""
 
@@ -66,7 +73,7 @@ class Author:
         tokenizer.padding_side = "left"
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        self.chat = bool(tokenizer.chat_template)
+        self.chat = bool(tokenizer.chat_template) and not writing.documents
         self._opening, user_end, answer_end = _template(tokenizer) if self.chat else (_beginning(tokenizer), "", "")
         self._user_end, self._answer_end = self._end(user_end), self._end(answer_end)
         self._closing = answer_end
@@ -110,24 +117,33 @@ class Author:
         return documents, rejected
 
     def _texts(self, known: set[str]) -> tuple[list[Document], Counter[str]]:
+        """Where a text ends the next one begins, as in training; nobody waits for the longest of a batch."""
         rejected: Counter[str] = Counter()
         documents: dict[str, Document] = {}
-        for said in self._write([self._opening] * self._batch_size, self._writing.prompt_temperature, self._user_end):
-            document = Document(said.text.strip(), [])
-            fault = said.fault or ("duplicate" if document.key in known | documents.keys() else None)
+        for ids in self._sample([self._opening] * self._batch_size, self._writing.prompt_temperature):
+            document = Document(self._tokenizer.decode(ids).strip(), [])
+            fault = _fault(document.text, ids)
+            fault = fault or ("duplicate" if document.key in known | documents.keys() else None)
             if fault:
                 rejected[fault] += 1
             else:
                 documents[document.key] = document
         return list(documents.values()), rejected
 
-    @torch.no_grad()
     def _write(self, heads: list[str], temperature: float, end: _End) -> list[_Said]:
         """Continue each head to its end, or as far as is allowed."""
-        if not heads:
-            return []
-        inputs = self._tokenizer(heads, add_special_tokens=False, padding=True, return_tensors="pt")
         options: dict[str, Any] = {"stop_strings": [end.string], "tokenizer": self._tokenizer} if end.string else {}
+        stops = [*end.tokens, *self._tokenizer.all_special_ids]
+        rows = self._sample(heads, temperature, eos_token_id=stops, **options) if heads else []
+        return [self._said(row, end) for row in rows]
+
+    @torch.no_grad()
+    def _sample(self, heads: list[str], temperature: float, **stopping: Any) -> list[list[int]]:
+        """Token ids that the model puts behind each head; without `stopping` all that are allowed."""
+        inputs = self._tokenizer(heads, add_special_tokens=False, padding=True, return_tensors="pt")
+        compiled, on_gpu = self._writing.compile, self._model.device.type == "cuda"
+        # With a cache of one size each step is the same kernels, which the library then compiles into one CUDA graph.
+        fixed = not stopping and (on_gpu if compiled is None else compiled)
         ids = self._model.generate(
             input_ids=inputs["input_ids"].to(self._model.device),
             attention_mask=inputs["attention_mask"].to(self._model.device),
@@ -137,12 +153,13 @@ class Author:
             top_p=self._writing.top_p,
             top_k=0,
             repetition_penalty=1.0,
-            eos_token_id=[*end.tokens, *self._tokenizer.all_special_ids],
             pad_token_id=self._tokenizer.pad_token_id,
             use_cache=True,
-            **options,
+            cache_implementation="static" if fixed else None,
+            **({"eos_token_id": None} | stopping),
         )
-        return [self._said(row, end) for row in ids[:, inputs["input_ids"].shape[1] :].tolist()]
+        rows: list[list[int]] = ids[:, inputs["input_ids"].shape[1] :].tolist()
+        return rows
 
     def _said(self, ids: list[int], end: _End) -> _Said:
         # Any other special token is out of turn: another's words, or the padding behind an end.
@@ -150,10 +167,8 @@ class Author:
         length = next((place for place, token in enumerate(ids) if token in stops), len(ids))
         text, ended, _ = self._tokenizer.decode(ids[:length]).partition(end.string or MARK)
         finished = bool(ended) or ids[length : length + 1] in [[token] for token in end.tokens]
-        fault = "repeating itself" if repeats(self._ids(text)) else None
-        if not any(map(str.isalnum, text)):
-            fault = "empty"
-        elif length < len(ids) and not finished:
+        fault = _fault(text, self._ids(text))
+        if fault != "empty" and length < len(ids) and not finished:
             fault = "out of turn"
         return _Said(text, finished, fault)
 

@@ -67,7 +67,7 @@ def _status(arguments: list[str]) -> int:
         if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise
         reason = str(error).strip().splitlines()[0]
-        go_without = "it needs a C++ compiler, or go without: heal or teach --no-compile, bench --compile off"
+        go_without = "it needs a C++ compiler, or go without: heal --no-compile, bench --compile off"
         return _fail(f"torch.compile failed: {reason}; {go_without}")
     _show(result)
     return 0

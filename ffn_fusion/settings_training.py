@@ -28,8 +28,6 @@ class Writing:
         Of sampling answers.
     top_p
         Share of the probability that tokens are sampled from.
-    compile
-        Compile the model to write documents that are no conversations; by default on GPUs.
     """
 
     write: Positive | None = None
@@ -38,7 +36,6 @@ class Writing:
     prompt_temperature: Above0 = 1.0
     answer_temperature: Above0 = 0.7
     top_p: Share = 0.95
-    compile: bool | None = None
 
 
 @Parameter(name="*")

@@ -360,7 +360,7 @@ def test_a_model_without_template_writes_documents(tiny_parent: Parent, tmp_path
 
 
 def test_a_chat_model_writes_documents_if_asked_and_past_their_ends(chatty: Path) -> None:
-    """The likeliest words of a slow loop without a cache; a cache of one size gives the same."""
+    """The likeliest words of a slow loop without a cache."""
     greedy = replace(GREEDY, documents=True, max_new_tokens=40)
     writer = author_of(chatty, greedy, size=1)
     ids = writer._ids("<s>")
@@ -373,7 +373,6 @@ def test_a_chat_model_writes_documents_if_asked_and_past_their_ends(chatty: Path
     assert len(documents) == 8
     assert not any(document.messages for document in documents)
     assert any("</s>" in document.text[:-4] for document in documents), "one text follows another"
-    assert author_of(chatty, replace(freely, compile=True), size=8).batch(0, set())[0] == documents
 
 
 def test_where_a_template_has_no_token_for_an_end_its_string_ends(chatty: Path) -> None:

@@ -141,9 +141,6 @@ class Author:
     def _sample(self, heads: list[str], temperature: float, **stopping: Any) -> list[list[int]]:
         """Token ids that the model puts behind each head; without `stopping` all that are allowed."""
         inputs = self._tokenizer(heads, add_special_tokens=False, padding=True, return_tensors="pt")
-        compiled, on_gpu = self._writing.compile, self._model.device.type == "cuda"
-        # With a cache of one size each step is the same kernels, which the library then compiles into one CUDA graph.
-        fixed = not stopping and (on_gpu if compiled is None else compiled)
         ids = self._model.generate(
             input_ids=inputs["input_ids"].to(self._model.device),
             attention_mask=inputs["attention_mask"].to(self._model.device),
@@ -155,7 +152,6 @@ class Author:
             repetition_penalty=1.0,
             pad_token_id=self._tokenizer.pad_token_id,
             use_cache=True,
-            cache_implementation="static" if fixed else None,
             **({"eos_token_id": None} | stopping),
         )
         rows: list[list[int]] = ids[:, inputs["input_ids"].shape[1] :].tolist()

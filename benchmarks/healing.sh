@@ -2,14 +2,15 @@
 # How far healing brings a fused student back, and what each choice is worth. One GPU; parts run side by side.
 # benchmarks/healing.sh OUT MODEL TEXTS [PLAN [FASTER ...]]      TEXTS: the folder that benchmarks/mix.py made
 #
-# ONLY="speed main ..." picks parts: speed, rates, main, unfused, plain, local, paper, tasks, faster, faster-tasks.
+# ONLY="own speed main ..." picks parts: own, speed, rates, main, unfused, plain, local, paper, tasks, faster, faster-tasks.
+# Part own has the parent write OWN texts of 1,024 tokens; half of what is learned from is then these.
 # RATE, STEP: of all runs but those of part rates. TOKENS, FASTER_TOKENS: of the main run and of the runs of FASTER plans.
 set -eu
 out=$1 model=$2 texts=$3
 # What `search --sublayers 42 --kv-bytes 13824 --trials 10` finds of SmolLM2-135M: twelve attentions removed, six blocks fewer.
 plan=${4:-A0F0 A1F1 A2F2 A3F3 A4F4 A5F5 -F6 -F7 -F8 A9F9 A10F10 A11F11+12 A13F13+14+15 A16F16+17+18 A19F19 A20F20 A21F21 A22F22 A23F23 A24F24 -F25 -F26 A27F27+28 -F29}
 [ $# -gt 4 ] && shift 4 || shift $#
-only=${ONLY:-speed main unfused plain local paper tasks faster faster-tasks}
+only=${ONLY:-own speed main unfused plain local paper tasks faster faster-tasks}
 rate=${RATE:-3.0e-4} step=${STEP:-16_384} tokens=${TOKENS:-100_000_000}
 run() { python3 -m ffn_fusion "$@"; }
 wanted() { case " $only " in *" $1 "*) true ;; *) false ;; esac; }
@@ -23,6 +24,7 @@ text:
   - {text: $texts/chats.jsonl, column: messages, share: 3}
   - {text: $texts/prose.jsonl, share: 1}
   - {text: $texts/manuals.jsonl, share: 1}
+$(wanted own && echo "  - {text: $out/own/text.jsonl, share: 5}")
 stages:
 $2
 END
@@ -62,6 +64,8 @@ score() { # NAME STUDENTS OPTION...: of those that are there
     run eval "$model" $students --windows 64 --batch-size 32 --out "$out/$name" "$@" > "$out/logs/$name" 2>&1
 }
 fuse fused "$plan"
+wanted own && run teach "$model" --write "${OWN:-40_000}" --documents --max-new-tokens 1024 --top-p 1 --batch-size 1024 --windows 0 \
+    --out "$out/own" > "$out/logs/own" 2>&1
 wanted speed && python3 benchmarks/healing.py "$model" "$out/fused" --windows 32 --steps 5 --out "$out/speed.json"
 unfused=$(python3 -c 'import sys; from ffn_fusion import Plan; print(Plan.parse(sys.argv[1]).unfused())' "$plan")
 wanted unfused && fuse unfused "$unfused"

@@ -21,6 +21,8 @@ MARK = "\ue000"
 """Stands in for what is said; a character that no template and no text uses."""
 RUN = 8
 MOST_REPEATED = 0.5
+BEGINNING = 200
+"""Characters that no other text begins with."""
 
 
 class Document(NamedTuple):
@@ -31,8 +33,9 @@ class Document(NamedTuple):
 
     @property
     def key(self) -> str:
-        """Of a conversation the prompt: answers to one question are alike."""
-        return " ".join((self.messages[0]["content"] if self.messages else self.text).casefold().split())
+        """Of a conversation the prompt, since answers to one question are alike; of another text how it begins."""
+        words = self.messages[0]["content"] if self.messages else self.text[:BEGINNING]
+        return " ".join(words.casefold().split())
 
 
 class _End(NamedTuple):

@@ -21,7 +21,7 @@ recipe() { # NAME STAGES: the mix and the domains are the same for all
 domains: {prose: builtin:novels, knowledge: builtin:wikipedia, maths: builtin:maths, code: builtin:code,
           chat: builtin:dialogue, speeches: $texts/speeches.jsonl, brown: $texts/brown.jsonl}
 text:
-  - {text: $texts/chats.jsonl, column: messages, share: 3}
+  - {text: $texts/chats.jsonl, share: 3}
   - {text: $texts/prose.jsonl, share: 1}
   - {text: $texts/manuals.jsonl, share: 1}
 $(wanted own && echo "  - {text: $out/own/text.jsonl, share: 5}")

@@ -49,7 +49,8 @@ class Text:
         Files, folders, JSONL or parquet files, Hub datasets (owner/name:split), or builtin:NAME (wikipedia, novels,
         maths, code, dialogue); give the option again for each.
     column
-        Column of JSONL, parquet and Hub datasets: of text, or of chats (lists of messages with role and content).
+        Column of JSONL, parquet and Hub datasets: of text, or of chats (lists of messages with role and content); where
+        there is no "text", "messages" is read.
     length
         Tokens in a window.
     seed

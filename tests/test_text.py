@@ -1,6 +1,7 @@
 """Windows of text: every kind of file, reproducible, the two parts apart."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -61,11 +62,12 @@ def test_a_chat_begins_with_one_begin_token(tmp_path: Path) -> None:
     """Where the template writes it and the tokenizer, too, would put it in front."""
     chat = [{"role": "user", "content": sentences(2, 0)}, {"role": "assistant", "content": "so it is"}]
     (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": chat}))
-    text = Text(text=(str(tmp_path / "chats.jsonl"),), column="messages", length=32)
+    text = Text(text=(str(tmp_path / "chats.jsonl"),), length=32)
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = CHAT_TEMPLATE
     wanted = read_windows(text, tokenizer, 1).ids
     assert wanted[0, 0] == tokenizer.bos_token_id
+    assert read_windows(replace(text, column="messages"), tokenizer, 1).ids.equal(wanted)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
     )

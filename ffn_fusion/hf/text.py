@@ -4,7 +4,7 @@ import hashlib
 import json
 import random
 from array import array
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,6 +27,8 @@ CHARS_PER_TOKEN = 6
 """At most, about: pieces are no shorter than a window."""
 MEASURE_SHARE = 8
 PLAIN = (".txt", ".md", ".rst")
+INSTEAD = {"text": "messages"}
+"""Where a column is asked for that is not there: chats of the usual format need no --column."""
 
 
 @dataclass(frozen=True)
@@ -144,8 +146,11 @@ def _read(path: Path) -> str:
         raise UserError(f"{path} is not UTF-8 text") from None
 
 
-def _no_column(where: str, column: str, found: list[str]) -> UserError:
-    return UserError(f"{where} has no text column {column!r}; it has {', '.join(found)} (choose with --column)")
+def _column(where: str, column: str, found: Collection[str]) -> str:
+    for name in (column, INSTEAD.get(column, column)):
+        if name in found:
+            return name
+    raise UserError(f"{where} has no text column {column!r}; it has {', '.join(found)} (choose with --column)")
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -164,9 +169,7 @@ def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _field(row: dict[str, Any], column: str, path: Path) -> Any:
-    if not isinstance(row.get(column), (str, list)):
-        raise _no_column(str(path), column, list(row))
-    return row[column]
+    return row[_column(str(path), column, [name for name, value in row.items() if isinstance(value, (str, list))])]
 
 
 def read_table(path: Path) -> "Table":
@@ -182,9 +185,7 @@ def read_table(path: Path) -> "Table":
 
 def _table_column(path: Path, column: str) -> list[Any]:
     table = read_table(path)
-    if column not in table.column_names:
-        raise _no_column(str(path), column, table.column_names)
-    found: list[Any] = table[column].to_pylist()
+    found: list[Any] = table[_column(str(path), column, table.column_names)].to_pylist()
     return found
 
 
@@ -201,6 +202,4 @@ def _hub_dataset(spec: str, column: str) -> list[Any]:
         data = datasets.load_dataset(name, split=split or "train")
     except Exception as error:  # datasets raises many types; all mean that the text cannot be had
         raise UserError(f"Hub dataset {spec} cannot be read: {' '.join(str(error).split())[:200]}") from None
-    if column not in data.column_names:
-        raise _no_column(spec, column, data.column_names)
-    return list(data[column])
+    return list(data[_column(spec, column, data.column_names)])

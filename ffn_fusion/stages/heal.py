@@ -75,7 +75,7 @@ def heal(
     text
         Text to train on in place of the recipe's, as for the other verbs, FILE=SHARE for a mix; again for each.
     column
-        Column of JSONL, parquet and Hub datasets, of text or of chats.
+        Column of JSONL, parquet and Hub datasets, of text or of chats; where there is no "text", "messages" is read.
     seed
         Seed of the order of text.
     teacher

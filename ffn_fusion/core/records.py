@@ -11,6 +11,7 @@ from ffn_fusion.core.stats import Estimate, Paired
 SEEN = 0.1
 """Share of a task's items that may overlap with text that a student was fitted to."""
 NORMAL = 1.96
+"""Standard errors in half a 95 % interval."""
 
 
 @dataclass(frozen=True)
@@ -288,11 +289,12 @@ class EvalResult:
         for task in self.tasks:
             lines += ["", *_task_lines(task)]
         left_out = [task.task for task in self.tasks if task.seen]
-        for average in averages(self.tasks) if len(self.tasks) > 1 else ():
-            lines.append(
-                f"\n{average.model[-36:]} keeps {average.share:.1%} {average.interval} of the parent's mean over "
-                f"{average.num_tasks} tasks" + (f", without {', '.join(left_out)}" if left_out else "")
-            )
+        without = f", without {', '.join(left_out)}" if left_out else ""
+        lines += [
+            f"\n{a.model[-36:]} keeps {a.share:.1%} {a.interval} of the parent's mean over {a.num_tasks} tasks{without}"
+            for a in averages(self.tasks)
+            if a.num_tasks > 1
+        ]
         lines += [f"\n{u.task} was not scored: {u.reason}" for u in self.unscored]
         return "\n".join(lines)
 

@@ -134,6 +134,26 @@ def test_what_does_not_fit_says_how_much_it_needs(shape: str, tmp_path: Path, mo
     one_line(lambda: bench(shape=shape, plan=PLAN, out=tmp_path / "3", machine=FP32, **CALL), "does not fit")
 
 
+@pytest.mark.usefixtures("counted")
+def test_a_model_that_runs_out_of_memory_is_left_out(
+    shape: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+
+    def warm_up(step: DecodeStep) -> None:
+        if len(step.decoder.sublayers) == 10 and len(step.ids) == 2:
+            raise torch.OutOfMemoryError
+        done.append("warm")
+
+    monkeypatch.setattr(DecodeStep, "warm_up", warm_up)
+    monkeypatch.setattr(DecodeStep, "capture", lambda *_: done.append("captured"))
+    result = bench(shape=shape, plan=PLAN, out=tmp_path / "out", machine=FP32, **CALL).result
+    assert [row.model.split()[-1] for row in result.rows] == ["parent", "searched", "fused", "parent", "fused"]
+    assert [(f.batch_size, f.reason.split(":")[0]) for f in result.failures] == [(2, "out of memory")]
+    # A warm-up behind a capture would need memory beside the graph's.
+    assert done == ["warm"] * 6 + ["captured"] * 6 + ["warm"] * 4 + ["captured"] * 4
+
+
 def test_a_killed_bench_goes_on_with_the_next_lap(shape: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     batches: list[int] = []
 

@@ -35,7 +35,8 @@ def measure(name: str, shape: list[int], dtype: torch.dtype, device: torch.devic
                 dist.all_gather(parts, values)
 
     step = Repeated(device, chain)
-    step.prepare()
+    step.warm_up()
+    step.capture()
     if step.note:
         raise UserError(step.note)
     # A chain before the clock starts brings the ranks together, and keeps a GPU busy while the next is queued.

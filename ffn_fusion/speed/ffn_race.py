@@ -24,7 +24,7 @@ from ffn_fusion.speed.decode import compiled
 from ffn_fusion.speed.race import copy_bandwidth
 from ffn_fusion.speed.ranks import Ranks, joined
 from ffn_fusion.speed.sublayers import FfnStep, Rank
-from ffn_fusion.speed.timing import Flush, Repeated, elapsed_ms
+from ffn_fusion.speed.timing import Flush, Repeated, elapsed_ms, prepare
 
 CALLS = 3
 """In a row, timed together."""
@@ -105,12 +105,9 @@ def race_ffns(order: FfnOrder, ranks: Ranks) -> FfnTimes:
     ways = [(code, fused) for code in codes for fused in stacks]
     flush, hows, times = Flush(device), set(), []
     for tokens in order.tokens:
-        pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-        steps = []
-        for code, fused in track(ways, f"ffn: {tokens} tokens, warming up", len(ways)):
-            x = torch.randn(1, tokens, order.hidden_size, dtype=dtype, device=device)
-            steps.append(Repeated(device, _pass(stacks[fused], codes[code], x, ranks)))
-            steps[-1].prepare(pool)
+        x = torch.randn(1, tokens, order.hidden_size, dtype=dtype, device=device)
+        steps = [Repeated(device, _pass(stacks[fused], codes[code], x, ranks)) for code, fused in ways]
+        prepare(steps, f"ffn: {tokens} tokens")
         hows |= {f"{step.how} {step.note}".strip() for step in steps}
         columns: list[list[float]] = [[] for _ in steps]
         for _ in track(range(order.repeats), f"ffn: {tokens} tokens", order.repeats):

@@ -7,6 +7,7 @@ made, so that those before a failure stay, and those that are there are not run 
 import json
 import sys
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -27,7 +28,7 @@ from ffn_fusion.speed.energy import energy_counter
 from ffn_fusion.speed.kernels import count_kernels
 from ffn_fusion.speed.ranks import Ranks, joined
 from ffn_fusion.speed.sublayers import Rank, Settle
-from ffn_fusion.speed.timing import Flush, Repeated, Step, Take, cache_values, elapsed_ms
+from ffn_fusion.speed.timing import Flush, Repeated, Step, Take, cache_values, elapsed_ms, graph_pool
 
 COPIED = {"cpu": 2**28, "cuda": 2**30}
 """Bytes of the copy that bandwidth is measured by."""
@@ -223,10 +224,45 @@ class _Runner:
         return self.ranks.agree(self.energy() - before) / number
 
     def _steps(self, scenario: Scenario, reasons: list[str]) -> list[tuple[Repeated, Repeated] | None]:
-        """A prefill and a decode step of each model, captured where possible. Their caches share one stretch of
-        memory; a model whose do not fit is left out, with the reason."""
-        batch_size, context, prompt = scenario.batch_size, scenario.context, scenario.prompt_length
-        calls = ((0, prompt), (context - 1, 1))
+        """A prefill and a decode step of each model, captured where possible; a model that does not fit is left out,
+        with the reason."""
+        calls = (0, scenario.prompt_length), (scenario.context - 1, 1)
+        arena = self._cache(scenario.batch_size, calls, reasons)
+        pool = graph_pool(self.device)
+        pairs: list[list[Repeated]] = [[] for _ in self.built]
+
+        def make(built: Built, pair: list[Repeated]) -> None:
+            for past, new in calls:
+                if arena:
+                    arena.rewind()
+                pair.append(built.step(scenario.batch_size, past, new, arena.take if arena else None))
+
+        def warm_up(_: Built, pair: list[Repeated]) -> None:
+            for step in pair:
+                step.warm_up()
+
+        def capture(_: Built, pair: list[Repeated]) -> None:
+            for step in pair:
+                step.capture(pool)
+
+        # All are warm before the first capture, as in `timing.prepare`.
+        for stage in (make, warm_up, capture):
+            self._each(stage, pairs, reasons)
+        return [(pair[0], pair[1]) if pair else None for pair in pairs]
+
+    def _each(
+        self, stage: Callable[[Built, list[Repeated]], None], pairs: list[list[Repeated]], reasons: list[str]
+    ) -> None:
+        for index, (built, pair) in enumerate(zip(self.built, pairs, strict=True)):
+            try:
+                if built and not reasons[index]:
+                    stage(built, pair)
+            except torch.OutOfMemoryError:
+                reasons[index] = "out of memory: the activations of this batch and prompt do not fit"
+                pair.clear()
+
+    def _cache(self, batch_size: int, calls: Iterable[tuple[int, int]], reasons: list[str]) -> Arena | None:
+        """One stretch of memory for the caches of all models that it suffices for."""
         rooms = [max(e.room(batch_size, *call) for call in calls) if e else 0 for e in self.built]
         # What the lap before left behind.
         torch.cuda.empty_cache()
@@ -238,22 +274,7 @@ class _Runner:
         fitting = [room for room, reason in zip(rooms, reasons, strict=True) if not reason]
         # Over several GPUs each cache must lie beside its layer.
         spread = self.order.device_map == "balanced"
-        arena = None if spread else Arena(max(fitting, default=0), self.device, self.dtype)
-        pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
-        steps: list[tuple[Repeated, Repeated] | None] = []
-        for index, built in enumerate(self.built):
-            pair: list[Repeated] = []
-            try:
-                for past, new in calls if built and not reasons[index] else ():
-                    assert built
-                    if arena:
-                        arena.rewind()
-                    pair.append(built.step(batch_size, past, new, arena.take if arena else None))
-                    pair[-1].prepare(pool)
-            except torch.OutOfMemoryError:
-                reasons[index], pair = "out of memory: the activations of this batch and prompt do not fit", []
-            steps.append((pair[0], pair[1]) if pair else None)
-        return steps
+        return None if spread else Arena(max(fitting, default=0), self.device, self.dtype)
 
 
 def copy_bandwidth(device: torch.device) -> float:

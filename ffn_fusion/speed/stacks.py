@@ -20,9 +20,8 @@ from ffn_fusion.errors import UserError
 from ffn_fusion.folder import read_record
 from ffn_fusion.hf.arch import ATTENTION, FFN
 from ffn_fusion.hf.model import ModelFolder, materialise, restore_buffers, skeleton
-from ffn_fusion.progress import track
 from ffn_fusion.speed.arena import Arena, aligned
-from ffn_fusion.speed.timing import Step, cache_values, interleaved
+from ffn_fusion.speed.timing import Step, cache_values, interleaved, prepare
 
 
 class LinearSlice(nn.Module):
@@ -190,8 +189,6 @@ def time_stacks(
     arena = Arena(max(stack.num_values(batch_size, past + new) for stack in stacks), device, dtype)
     for stack in stacks:
         stack.settle(arena)
-    pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
     steps = [stack.step(arena, batch_size, past, new) for stack in stacks]
-    for step in track(steps, f"{label}: warming up", len(steps)):
-        step.prepare(pool)
+    prepare(steps, label)
     return interleaved(steps, repeats, label), steps

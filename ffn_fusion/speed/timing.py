@@ -118,8 +118,7 @@ class Repeated:
         else:
             self.graph.replay()
 
-    def prepare(self, pool: Any = None) -> None:
-        """Warm up, and capture on a GPU. Steps that share a `pool` of memory must never run at once."""
+    def warm_up(self) -> None:
         if self.device.type != "cuda":
             self.call()
             return
@@ -130,7 +129,11 @@ class Repeated:
                 for _ in range(WARMUP):
                     self.call()
             torch.cuda.current_stream().wait_stream(side)
-            if self.capturable:
+
+    def capture(self, pool: Any = None) -> None:
+        """Once warm, on a GPU, where that is possible. Steps that share a `pool` of memory must never run at once."""
+        if self.device.type == "cuda" and self.capturable:
+            with torch.cuda.device(self.device):
                 self._capture(pool)
 
     def _capture(self, pool: Any) -> None:
@@ -148,6 +151,23 @@ class Repeated:
         else:
             graph.instantiate()
             self.graph = graph
+
+
+def prepare(steps: Sequence[Repeated], label: str) -> None:
+    """Warm all up, then capture all; they must never run at once.
+
+    A graph keeps its memory for itself, so that a warm-up behind a capture would need as much again.
+    """
+    for step in track(steps, f"{label}: warming up", len(steps)):
+        step.warm_up()
+    pool = graph_pool(steps[0].device)
+    for step in steps:
+        step.capture(pool)
+
+
+def graph_pool(device: torch.device) -> Any:
+    """Memory for graphs that never run at once."""
+    return torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
 
 class Step(Repeated):

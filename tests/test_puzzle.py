@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from copy import copy
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,7 +16,7 @@ from texts import write_text
 
 from ffn_fusion.core.cost_table import Measured
 from ffn_fusion.core.plan import Plan
-from ffn_fusion.core.search_records import Candidate, SearchResult
+from ffn_fusion.core.search_records import INTERACTIONS, Candidate, SearchResult
 from ffn_fusion.core.solve import OutOfTimeError, Solution, solve
 from ffn_fusion.folder import read_record
 from ffn_fusion.hf.meter import Meter
@@ -209,8 +210,7 @@ def test_foreign_scores_and_costs_are_refused(
         path = tmp_path / name / "record.json"
         record = json.loads(path.read_text())
         if name == "scores":
-            record["inputs"]["model"] = "another"
-            record["result"]["model"] = "their/model"
+            record["result"] |= {"model": "their/model", "parent_key": "another"}
         else:
             record["result"]["table"] |= {"device": "NVIDIA H100", "dtype": "bfloat16"}
         path.write_text(json.dumps(record))
@@ -223,6 +223,20 @@ def test_foreign_scores_and_costs_are_refused(
     assert "NVIDIA H100" in forced.note
     assert forced.note in forced.summary()
     assert taken(forced).measured_ms is None, "times here say nothing about that device"
+
+
+def test_scores_are_of_the_weights_wherever_they_lie(
+    bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(bench.parent, tmp_path / "moved")
+    for name in ("scores", "costs"):
+        shutil.copytree(bench.folder / name, tmp_path / name)
+    moved = copy(bench)
+    moved.parent, moved.folder = tmp_path / "moved", tmp_path
+    options = ("--sublayers", 8, "--trials", 1)
+    assert moved.search(tmp_path / "out", *options).plan
+    (tmp_path / "scores" / INTERACTIONS).unlink()
+    assert f"{INTERACTIONS} cannot be read" in refused(moved, tmp_path, capsys, *options)
 
 
 def test_sizes_that_no_cost_was_measured_of_are_named(bench: Bench, tmp_path: Path) -> None:

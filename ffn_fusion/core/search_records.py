@@ -82,6 +82,8 @@ class ScoreResult:
     scores: list[ChangeScore]
     similarity: Similarity
     asked: Asked | None = None
+    parent_key: str = ""
+    """Whose scores these are, wherever the parent's files lie; older records lack it."""
 
     def summary(self) -> str:
         ranked = sorted(self.scores, key=lambda score: score.kl.mean)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ffn_fusion.core.budget import Ledger, Scores, Uses
@@ -14,6 +15,7 @@ from ffn_fusion.core.cost_table import CostTable
 from ffn_fusion.core.search_records import INTERACTIONS, Objective, ScoreResult, Similarity
 from ffn_fusion.errors import UserError
 from ffn_fusion.folder import read_record
+from ffn_fusion.hf.library import parent_key
 from ffn_fusion.hf.machine import where
 from ffn_fusion.hf.model import ModelFolder
 from ffn_fusion.hf.remote.configuration_ffn_fusion import WIDTH_MULTIPLE
@@ -50,16 +52,19 @@ def read_evidence(
     dtype: torch.dtype,
     force: bool,
 ) -> Evidence:
-    """Scores and costs of this parent; `UserError` if they are of another, costs of another device or dtype, or
-    nothing was scored by the objective."""
+    """Scores and costs of this parent; `UserError` if they are of another or damaged, costs of another device or
+    dtype, or nothing was scored by the objective."""
     scored = read_record(scores, ScoreResult)
-    if scored.inputs["model"] != parent.fingerprint:
-        raise UserError(f"{scores} scores another model ({scored.result.model})")
+    if scored.result.parent_key != parent_key(parent):
+        raise UserError(f"{scores} scores another model ({scored.result.model}), or an older version made it")
     here = where(machine, dtype)
     table, note = read_costs(costs, parent, here.device, here.dtype, force)
     if objective == "task" and scored.result.asked is None:
         raise UserError(f"{scores} holds no scores by a task; score with --tasks NAME")
-    gram = load_file(scores / INTERACTIONS)["gram"].numpy()
+    try:
+        gram = load_file(scores / INTERACTIONS)["gram"].numpy()
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{scores / INTERACTIONS} cannot be read ({error}); run ffn-fusion score again") from None
 
     def by(objective: Objective) -> Scores:
         means = [getattr(score, objective).mean for score in scored.result.scores]

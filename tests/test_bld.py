@@ -38,7 +38,7 @@ from ffn_fusion.errors import UserError
 from ffn_fusion.folder import RECORD, read_record
 from ffn_fusion.hf.blockwise import Distillation, TrainedUnit, Training
 from ffn_fusion.hf.contribution import measure
-from ffn_fusion.hf.library import PREFIXES, Library, parent_key
+from ffn_fusion.hf.library import PREFIXES, Library
 from ffn_fusion.hf.meter import Meter
 from ffn_fusion.hf.model import ModelFolder, student_arch
 from ffn_fusion.hf.probe import record, resume
@@ -367,7 +367,7 @@ def test_a_library_is_bound_to_the_content_of_its_parent(
 ) -> None:
     same, other = tmp_path / "same", save_tiny_parent("llama", tmp_path / "other")
     copytree(tiny_parent("llama"), same)
-    assert parent_key(ModelFolder(same)) == parent_key(ModelFolder(tiny_parent("llama")))
+    assert ModelFolder(same).checkpoint.key == ModelFolder(tiny_parent("llama")).checkpoint.key
     weights = load_file(other / "model.safetensors")
     weights["model.layers.3.mlp.up_proj.weight"] += 0.1
     save_file(weights, other / "model.safetensors", {"format": "pt"})

@@ -249,7 +249,7 @@ def resident_mb() -> float:
 
 
 def test_memory_does_not_grow_with_the_number_of_candidates(wide: Path) -> None:
-    """A leak of one changed block (0.5 MB) a candidate would be 100 MB."""
+    """A leak of one changed block (0.5 MB) a candidate would be 100 MB; behind other tests allocators alone took 15."""
     meter = meter_of(wide)
     deviations = Deviations(meter)
     found = changes(meter.parent.plan, meter.parent.shapes, SIZES)
@@ -261,4 +261,4 @@ def test_memory_does_not_grow_with_the_number_of_candidates(wide: Path) -> None:
             meter.fused(change.applied(meter.parent.plan))
         if number == 99:
             before = resident_mb()
-    assert resident_mb() - before < 6
+    assert resident_mb() - before < 40

@@ -24,7 +24,6 @@ from ffn_fusion.core.teach_records import Answers, Form, TeachResult
 from ffn_fusion.core.topk import Packed, TopK, join_bytes, pack, split_bytes, top_k, unpack
 from ffn_fusion.errors import UserError
 from ffn_fusion.folder import read_record, write_atomically
-from ffn_fusion.hf.library import parent_key
 from ffn_fusion.hf.model import ModelFolder
 from ffn_fusion.hf.probe import streams_after
 from ffn_fusion.hf.resolve import load_tokenizer
@@ -187,7 +186,7 @@ def open_cache(folder: Path, parent: ModelFolder, trust_remote_code: bool = Fals
             f"the answers in {folder} are of a vocabulary of {result.answers.form.vocab_size:,}; "
             f"that of {parent.folder} has {parent.config.vocab_size:,}"
         )
-    if result.parent_key != parent_key(parent):
+    if result.parent_key != parent.checkpoint.key:
         raise UserError(f"the answers in {folder} are those of another model, {result.parent}, not of {parent.folder}")
     if result.tokenizer_key != tokenizer_key(load_tokenizer(parent, trust_remote_code)):
         raise UserError(f"the answers in {folder} were given with another tokenizer than that in {parent.folder}")

@@ -1,5 +1,6 @@
 """Safetensors checkpoints, one tensor at a time: a checking reader and a writer that streams into place."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Mapping
@@ -91,6 +92,16 @@ class Checkpoint:
             stored = file.get_slice(name) if self.specs[name].shape else file.get_tensor(name)[None]
             found: Tensor = stored[start : start + count].clone()
         return found
+
+    @property
+    def key(self) -> str:
+        """Names, shapes, dtypes and some values of all tensors as one string: the same wherever the files lie."""
+        digest = hashlib.sha256()
+        for name, spec in sorted(self.specs.items()):
+            digest.update(f"{name} {spec.shape} {spec.dtype} ".encode())
+            rows = self.rows(name, 0, 1 if len(spec.shape) > 1 else spec.shape[0])
+            digest.update(rows.flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
 
 
 def _shards(folder: Path) -> list[Path]:

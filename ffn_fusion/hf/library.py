@@ -1,11 +1,9 @@
 """A library of trained blocks: which tensors of a block come from it, and what it takes to be of the same parent."""
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -46,7 +44,7 @@ class Library:
         """The library in a folder that `bld` made; `UserError` if it is of another parent, norm mode or way to choose
         channels."""
         result = read_record(folder, BldResult).result
-        if result.parent_key != parent_key(parent):
+        if result.parent_key != parent.checkpoint.key:
             raise UserError(f"{folder} is a library of another parent, {result.parent}; its blocks do not fit this one")
         if result.norm != norm:
             raise UserError(f"{folder} was made with --norm {result.norm}; use that, or another library")
@@ -87,17 +85,6 @@ class Library:
         path = self.files[str(block)]
         with safe_open(path, framework="pt") as file:
             return {name: partial(_read, path, name) for name in file.keys()}  # noqa: SIM118, no mapping
-
-
-def parent_key(parent: ModelFolder) -> str:
-    """Names, shapes, dtypes and some values of a parent's weights as one string: the same wherever the files lie."""
-    digest = hashlib.sha256()
-    source = parent.checkpoint
-    for name, spec in sorted(source.specs.items()):
-        digest.update(f"{name} {spec.shape} {spec.dtype} ".encode())
-        rows = source.rows(name, 0, 1 if len(spec.shape) > 1 else spec.shape[0])
-        digest.update(rows.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def open_library(folder: Path | None, parent: ModelFolder, norm: Norm, channel_steps: int) -> Library | None:

@@ -13,7 +13,7 @@ from ffn_fusion.core.plan import Block
 from ffn_fusion.errors import UserError
 from ffn_fusion.folder import Environment, Record, StageFolder, read_record, run_stage
 from ffn_fusion.hf.blockwise import Distillation, TrainedUnit, Training
-from ffn_fusion.hf.library import CONTRIBUTIONS, Library, open_library, parent_key
+from ffn_fusion.hf.library import CONTRIBUTIONS, Library, open_library
 from ffn_fusion.hf.machine import pick_device, pick_training_dtype, where
 from ffn_fusion.hf.model import ModelFolder
 from ffn_fusion.hf.resolve import load_tokenizer, read_plan, resolve_model
@@ -95,7 +95,7 @@ def bld(
         units = distillation.run(sample.ids, missing, shelf.save_contributions)
         for unit in track(units, "bld: blocks trained", len(missing)):
             shelf.add(unit)
-        result = BldResult(model, parent_key(parent), norm, shelf.units, sample.sample, channel_steps)
+        result = BldResult(model, parent.checkpoint.key, norm, shelf.units, sample.sample, channel_steps)
         return result, where(machine, dtype)
 
     return run_stage("bld", out, inputs, BldResult, work)

@@ -15,7 +15,6 @@ from ffn_fusion.core.cost_table import CostTable
 from ffn_fusion.core.search_records import INTERACTIONS, Objective, ScoreResult, Similarity
 from ffn_fusion.errors import UserError
 from ffn_fusion.folder import read_record
-from ffn_fusion.hf.library import parent_key
 from ffn_fusion.hf.machine import where
 from ffn_fusion.hf.model import ModelFolder
 from ffn_fusion.hf.remote.configuration_ffn_fusion import WIDTH_MULTIPLE
@@ -55,7 +54,7 @@ def read_evidence(
     """Scores and costs of this parent; `UserError` if they are of another or damaged, costs of another device or
     dtype, or nothing was scored by the objective."""
     scored = read_record(scores, ScoreResult)
-    if scored.result.parent_key != parent_key(parent):
+    if scored.result.parent_key != parent.checkpoint.key:
         raise UserError(f"{scores} scores another model ({scored.result.model}), or an older version made it")
     here = where(machine, dtype)
     table, note = read_costs(costs, parent, here.device, here.dtype, force)

@@ -13,7 +13,6 @@ from ffn_fusion.core.space import Change, Sizes, changes
 from ffn_fusion.errors import needs_extra
 from ffn_fusion.folder import Environment, Record, StageFolder, run_stage
 from ffn_fusion.hf.deviation import Deviations
-from ffn_fusion.hf.library import parent_key
 from ffn_fusion.hf.machine import where
 from ffn_fusion.hf.meter import Meter
 from ffn_fusion.hf.model import ModelFolder
@@ -86,7 +85,7 @@ def score(
             scores=scored,
             similarity=deviations.similarity,
             asked=quiz.asked(meter.answers) if quiz and meter.answers else None,
-            parent_key=parent_key(parent),
+            parent_key=parent.checkpoint.key,
         )
         return result, where(machine, setup.dtype)
 

@@ -17,7 +17,6 @@ from ffn_fusion.errors import UserError
 from ffn_fusion.folder import Environment, Record, StageFolder, run_stage
 from ffn_fusion.healing.author import Author, Document
 from ffn_fusion.healing.teacher_cache import SHARD, ask, tokenizer_key, windows_per_shard, write_shard
-from ffn_fusion.hf.library import parent_key
 from ffn_fusion.hf.machine import device_map, pick_dtype, where
 from ffn_fusion.hf.model import ModelFolder
 from ffn_fusion.hf.resolve import load_tokenizer, resolve_model
@@ -89,7 +88,7 @@ def teach(
             written = _write(Author(loaded, tokenizer, writing, text.seed, machine.batch_size), folder, writing.write)
             found = None if windows == 0 else _read_written(folder, text, tokenizer)
         answers = _answer(loaded, folder, found.ids, form, machine.batch_size) if found else None
-        keys, sample = (parent_key(parent), tokenizer_key(tokenizer)), found.sample if found else None
+        keys, sample = (parent.checkpoint.key, tokenizer_key(tokenizer)), found.sample if found else None
         return TeachResult(model, *keys, written, sample, answers), where(machine, dtype)
 
     return run_stage("teach", out, inputs, TeachResult, work)

@@ -1,16 +1,22 @@
 #!/bin/sh
 # How far healing brings a fused student back, and what each choice is worth. One GPU; parts run side by side.
-# benchmarks/healing.sh OUT MODEL TEXTS [PLAN [FASTER ...]]      TEXTS: the folder that benchmarks/mix.py made
+# benchmarks/healing.sh OUT MODEL TEXTS [PLAN [OTHER ...]]      TEXTS: the folder that benchmarks/mix.py made
 #
-# ONLY="own speed main ..." picks parts: own, speed, rates, main, unfused, plain, local, paper, tasks, faster, faster-tasks.
+# ONLY="own speed main ..." picks parts: own, speed, rates, main, unfused, plain, local, paper, tasks, ladder, ladder-tasks.
 # Part own has the parent write OWN texts of 1,024 tokens; half of what is learned from is then these.
-# RATE, STEP: of all runs but those of part rates. TOKENS, FASTER_TOKENS: of the main run and of the runs of FASTER plans.
+# RATE, STEP: of all runs but those of part rates. TOKENS, RUNG_TOKENS: of the main run and of each OTHER plan, part ladder.
 set -eu
 out=$1 model=$2 texts=$3
 # What `search --sublayers 42 --kv-bytes 13824 --trials 10` finds of SmolLM2-135M: twelve attentions removed, six blocks fewer.
 plan=${4:-A0F0 A1F1 A2F2 A3F3 A4F4 A5F5 -F6 -F7 -F8 A9F9 A10F10 A11F11+12 A13F13+14+15 A16F16+17+18 A19F19 A20F20 A21F21 A22F22 A23F23 A24F24 -F25 -F26 A27F27+28 -F29}
-[ $# -gt 4 ] && shift 4 || shift $#
-only=${ONLY:-own speed main unfused plain local paper tasks faster faster-tasks}
+# The same search at 46 sublayers and 16,128 bytes (nine removed), and at 50 and 18,432 (six): which keeps what?
+if [ $# -gt 4 ]; then
+    shift 4
+else
+    set -- 'A0F0 A1F1 A2F2 A3F3 A4F4 A5F5 A6F6 -F7 -F8 A9F9 A10F10 A11F11 A12F12 A13F13+14+15 A16F16+17+18 A19F19+20 A21F21 A22F22 A23F23 A24F24 -F25 A26F26 A27F27 -F28 A29F29' \
+        'A0F0 A1F1 A2F2 A3F3 A4F4 A5F5 A6F6 -F7 A8F8 A9F9 A10F10 A11F11 A12F12 A13F13+14+15 A16F16+17+18 A19F19 A20F20 A21F21 A22F22 A23F23 A24F24 A25F25 A26F26 A27F27 -F28 A29F29'
+fi
+only=${ONLY:-own speed main unfused plain local paper tasks ladder ladder-tasks}
 rate=${RATE:-3.0e-4} step=${STEP:-16_384} tokens=${TOKENS:-100_000_000}
 run() { python3 -m ffn_fusion "$@"; }
 wanted() { case " $only " in *" $1 "*) true ;; *) false ;; esac; }
@@ -34,7 +40,7 @@ stage() { # NAME TOKENS RATE [LENGTH [MORE]]
     echo "- {name: $1, tokens: $2, length: ${4:-1024}, step_tokens: $step, learning_rate: $3, ${5:-$kl}}"
 }
 recipe main "$(stage global "$tokens" "$rate")"
-recipe faster "$(stage global "${FASTER_TOKENS:-12_000_000}" "$rate")"
+recipe rung "$(stage global "${RUNG_TOKENS:-12_000_000}" "$rate")"
 recipe short "$(stage global 8_000_000 "$rate")"
 recipe local "$(stage local 2_000_000 "$rate" 1024 'trains: neighbours, local: true, losses: {mse: 1}')
 $(stage global 6_000_000 "$rate")"
@@ -81,10 +87,10 @@ if wanted unfused; then heal unfused unfused short & fi
 if wanted plain; then (heal calibrated fused short; heal plain plain short) & fi
 if wanted local; then heal local fused local & fi
 if wanted paper; then heal paper fused paper & fi
-if wanted faster; then
-    for faster in "$@"; do
+if wanted ladder; then
+    for other in "$@"; do
         number=$((${number:-0} + 1))
-        (fuse "faster-$number" "$faster" && heal "faster-$number" "faster-$number" faster) &
+        (fuse "rung-$number" "$other" && heal "rung-$number" "rung-$number" rung) &
     done
 fi
 wait
@@ -93,6 +99,6 @@ if wanted tasks; then
     score tasks "$both_ends $out/healed-unfused" --tasks commonsense &
     (score brown "$both_ends" --text "$texts/brown.jsonl" && score speeches "$both_ends" --text "$texts/speeches.jsonl") &
 fi
-if wanted faster-tasks; then score faster-tasks "$(echo "$out"/healed-faster-*)" --tasks commonsense & fi
+if wanted ladder-tasks; then score ladder "$(echo "$out"/rung-* "$out"/healed-rung-*)" --tasks commonsense & fi
 wait
 run report "$out" --out "$out/report.html"

@@ -375,6 +375,21 @@ def test_a_chat_model_writes_documents_if_asked_and_past_their_ends(chatty: Path
     assert any("</s>" in document.text[:-4] for document in documents), "one text follows another"
 
 
+def test_documents_come_from_the_decode_step_where_it_has_room(
+    tiny_parent: Parent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def not_asked(*_: object) -> None:
+        pytest.fail("the other one writes")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Author, "_sample", not_asked)
+        write(tiny_parent("llama"), tmp_path / "roomy")
+    monkeypatch.setattr(stage, "has_room", lambda _: False)
+    monkeypatch.setattr(stage, "Sampler", not_asked)
+    write(tiny_parent("llama"), tmp_path / "tight")
+    assert rows(tmp_path / "roomy") == rows(tmp_path / "tight")
+
+
 def test_where_a_template_has_no_token_for_an_end_its_string_ends(chatty: Path) -> None:
     writer = author_of(chatty, template=TEMPLATE.replace("</s>", "|"))
     batches = [writer.batch(number, set()) for number in range(4)]

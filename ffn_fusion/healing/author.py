@@ -6,17 +6,20 @@ and so does any model if that is wanted: what it was trained on, in its own word
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from random import Random
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ffn_fusion.errors import UserError
 from ffn_fusion.hf.text import bare
 from ffn_fusion.settings_training import Writing
 
+Continue = Callable[[list[int], int, int, float, float], Tensor]
+"""A beginning, how many texts, tokens of each, temperature, top-p → token ids behind the beginning, [texts, tokens]."""
 MARK = "\ue000"
 """Stands in for what is said; a character that no template and no text uses."""
 RUN = 8
@@ -69,9 +72,16 @@ class Author:
     """Writes documents a batch at a time; a batch depends on its number, the seed, and what must not be repeated."""
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, writing: Writing, seed: int, batch_size: int
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        writing: Writing,
+        seed: int,
+        batch_size: int,
+        sampler: Continue | None = None,
     ) -> None:
-        self._model, self._tokenizer, self._writing = model, tokenizer, writing
+        """`sampler` writes what is no conversation; without it the model's own `generate` does."""
+        self._model, self._tokenizer, self._writing, self._sampler = model, tokenizer, writing, sampler
         self._seed, self._batch_size = seed, batch_size
         tokenizer.padding_side = "left"
         if tokenizer.pad_token is None:
@@ -123,7 +133,7 @@ class Author:
         """Where a text ends the next one begins, as in training; nobody waits for the longest of a batch."""
         rejected: Counter[str] = Counter()
         documents: dict[str, Document] = {}
-        for ids in self._sample([self._opening] * self._batch_size, self._writing.prompt_temperature):
+        for ids in self._freely():
             document = Document(self._tokenizer.decode(ids).strip(), [])
             fault = _fault(document.text, ids)
             fault = fault or ("duplicate" if document.key in known | documents.keys() else None)
@@ -132,6 +142,16 @@ class Author:
             else:
                 documents[document.key] = document
         return list(documents.values()), rejected
+
+    def _freely(self) -> list[list[int]]:
+        """Token ids of texts that go on as far as is allowed."""
+        wanted = self._writing
+        if self._sampler is None:
+            return self._sample([self._opening] * self._batch_size, wanted.prompt_temperature)
+        size, length = self._batch_size, wanted.max_new_tokens
+        ids = self._sampler(self._ids(self._opening), size, length, wanted.prompt_temperature, wanted.top_p)
+        rows: list[list[int]] = ids.tolist()
+        return rows
 
     def _write(self, heads: list[str], temperature: float, end: _End) -> list[_Said]:
         """Continue each head to its end, or as far as is allowed."""

@@ -24,6 +24,7 @@ from ffn_fusion.hf.text import Windows, read_windows
 from ffn_fusion.progress import track
 from ffn_fusion.settings import Above0, Machine, NotNegative, Positive, Text
 from ffn_fusion.settings_training import Writing
+from ffn_fusion.speed.sampling import Sampler, has_room
 
 TEXT = "text.jsonl"
 PROGRESS = "written.json"
@@ -85,7 +86,9 @@ def teach(
         loaded = parent.load(dtype, device_map(machine))
         written, found = None, given
         if writing.write:
-            written = _write(Author(loaded, tokenizer, writing, text.seed, machine.batch_size), folder, writing.write)
+            sampler = Sampler(loaded) if has_room(loaded) else None
+            author = Author(loaded, tokenizer, writing, text.seed, machine.batch_size, sampler)
+            written = _write(author, folder, writing.write)
             found = None if windows == 0 else _read_written(folder, text, tokenizer)
         answers = _answer(loaded, folder, found.ids, form, machine.batch_size) if found else None
         keys, sample = (parent.checkpoint.key, tokenizer_key(tokenizer)), found.sample if found else None

@@ -2,9 +2,10 @@
 # How far healing brings a fused student back, and what each choice is worth. One GPU; parts run side by side.
 # benchmarks/healing.sh OUT MODEL TEXTS [PLAN [OTHER ...]]      TEXTS: the folder that benchmarks/mix.py made
 #
-# ONLY="own speed main ..." picks parts: own, speed, rates, main, unfused, plain, local, paper, tasks, ladder, ladder-tasks.
-# Part own has the parent write OWN texts of 1,024 tokens; half of what is learned from is then these.
-# RATE, STEP: of all runs but those of part rates. TOKENS, RUNG_TOKENS: of the main run and of each OTHER plan, part ladder.
+# ONLY="own speed main ..." picks parts: own, speed, rates, main, further, unfused, plain, local, paper, tasks, ladder, ladder-tasks.
+# Part own has the parent write OWN texts of 1,024 tokens; half of what is learned from is then these. Part further needs them:
+# the main run's student goes on, mostly on them (also in a later call, ONLY="further tasks").
+# RATE, STEP: of all runs but those of part rates. TOKENS, MORE_TOKENS, RUNG_TOKENS: of the parts main, further and ladder (each OTHER plan).
 set -eu
 out=$1 model=$2 texts=$3
 # What `search --sublayers 42 --kv-bytes 13824 --trials 10` finds of SmolLM2-135M: twelve attentions removed, six blocks fewer.
@@ -16,21 +17,29 @@ else
     set -- 'A0F0 A1F1 A2F2 A3F3 A4F4 A5F5 A6F6 -F7 -F8 A9F9 A10F10 A11F11 A12F12 A13F13+14+15 A16F16+17+18 A19F19+20 A21F21 A22F22 A23F23 A24F24 -F25 A26F26 A27F27 -F28 A29F29' \
         'A0F0 A1F1 A2F2 A3F3 A4F4 A5F5 A6F6 -F7 A8F8 A9F9 A10F10 A11F11 A12F12 A13F13+14+15 A16F16+17+18 A19F19 A20F20 A21F21 A22F22 A23F23 A24F24 A25F25 A26F26 A27F27 -F28 A29F29'
 fi
-only=${ONLY:-own speed main unfused plain local paper tasks ladder ladder-tasks}
+only=${ONLY:-own speed main further unfused plain local paper tasks ladder ladder-tasks}
 rate=${RATE:-3.0e-4} step=${STEP:-16_384} tokens=${TOKENS:-100_000_000}
 run() { python3 -m ffn_fusion "$@"; }
 wanted() { case " $only " in *" $1 "*) true ;; *) false ;; esac; }
 mkdir -p "$out/recipes" "$out/logs"
 
-recipe() { # NAME STAGES: the mix and the domains are the same for all
+mix="  - {text: $texts/chats.jsonl, share: 3}
+  - {text: $texts/prose.jsonl, share: 1}
+  - {text: $texts/manuals.jsonl, share: 1}"
+if wanted own; then
+    mix="$mix
+  - {text: $out/own/text.jsonl, share: 5}"
+fi
+own_mix="  - {text: $out/own/text.jsonl, share: 8}
+  - {text: $texts/chats.jsonl, share: 1}
+  - {text: $texts/prose.jsonl, share: 1}
+  - {text: $texts/manuals.jsonl, share: 0.5}"
+recipe() { # NAME STAGES [TEXT]: the domains are the same for all
     cat > "$out/recipes/$1.yaml" <<END
 domains: {prose: builtin:novels, knowledge: builtin:wikipedia, maths: builtin:maths, code: builtin:code,
           chat: builtin:dialogue, speeches: $texts/speeches.jsonl, brown: $texts/brown.jsonl}
 text:
-  - {text: $texts/chats.jsonl, share: 3}
-  - {text: $texts/prose.jsonl, share: 1}
-  - {text: $texts/manuals.jsonl, share: 1}
-$(wanted own && echo "  - {text: $out/own/text.jsonl, share: 5}")
+${3:-$mix}
 stages:
 $2
 END
@@ -40,6 +49,7 @@ stage() { # NAME TOKENS RATE [LENGTH [MORE]]
     echo "- {name: $1, tokens: $2, length: ${4:-1024}, step_tokens: $step, learning_rate: $3, ${5:-$kl}}"
 }
 recipe main "$(stage global "$tokens" "$rate")"
+recipe further "$(stage global "${MORE_TOKENS:-110_000_000}" 4.0e-4 1024 "$kl, schedule: linear, final_rate: 0")" "$own_mix"
 recipe rung "$(stage global "${RUNG_TOKENS:-12_000_000}" "$rate")"
 recipe short "$(stage global 8_000_000 "$rate")"
 recipe local "$(stage local 2_000_000 "$rate" 1024 'trains: neighbours, local: true, losses: {mse: 1}')
@@ -94,7 +104,8 @@ if wanted ladder; then
     done
 fi
 wait
-both_ends="$out/fused $out/healed-main"
+if wanted further; then heal further healed-main further; fi
+both_ends="$out/fused $out/healed-main $out/healed-further"
 if wanted tasks; then
     score tasks "$both_ends $out/healed-unfused" --tasks commonsense &
     (score brown "$both_ends" --text "$texts/brown.jsonl" && score speeches "$both_ends" --text "$texts/speeches.jsonl") &

@@ -15,10 +15,13 @@ class Writing:
     Parameters
     ----------
     write
-        Documents to write in place of reading --text: conversations of a prompt and an answer if the model has a chat
+        Documents to write in place of answering --text: conversations of a prompt and an answer if the model has a chat
         template, else whatever it writes.
     documents
         Let a chat model, too, write whatever it writes from the token that begins a text: all that it was trained on.
+    opening
+        Tokens of --text that each document opens with; the model goes on from there, so that what it writes is of the
+        kind of that text.
     max_new_tokens
         Longest prompt, and longest answer, in tokens: a longer prompt is rejected, a longer answer cut. Length of all
         documents that are no conversations, in which one text may follow another.
@@ -32,6 +35,7 @@ class Writing:
 
     write: Positive | None = None
     documents: bool = False
+    opening: Positive | None = None
     max_new_tokens: Positive = 512
     prompt_temperature: Above0 = 1.0
     answer_temperature: Above0 = 0.7

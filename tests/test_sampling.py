@@ -14,8 +14,8 @@ from ffn_fusion.speed import sampling
 from ffn_fusion.speed.sampling import Sampler, has_room
 
 Parents = Callable[[str], Path]
-BEGINNING = [5, 3, 8]
-TEXTS, TOKENS = 4, 20
+BEGINNINGS = torch.tensor([[5, 3, 8], [5, 3, 8], [9, 1, 4], [2, 2, 7]])
+TOKENS = 20
 
 
 def load(folder: Path) -> PreTrainedModel:
@@ -24,11 +24,10 @@ def load(folder: Path) -> PreTrainedModel:
 
 @torch.no_grad()
 def generated(model: PreTrainedModel, temperature: float, top_p: float) -> Tensor:
-    ids = torch.tensor([BEGINNING] * TEXTS)
     torch.manual_seed(0)
     found: Tensor = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
+        input_ids=BEGINNINGS,
+        attention_mask=torch.ones_like(BEGINNINGS),
         max_new_tokens=TOKENS,
         do_sample=True,
         temperature=temperature,
@@ -37,7 +36,7 @@ def generated(model: PreTrainedModel, temperature: float, top_p: float) -> Tenso
         eos_token_id=None,
         pad_token_id=0,
     )
-    return found[:, len(BEGINNING) :]
+    return found[:, BEGINNINGS.shape[1] :]
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.8])
@@ -46,7 +45,7 @@ def test_tokens_are_those_that_generate_draws(family: str, top_p: float, tiny_pa
     model = load(tiny_parent(family))
     expected = generated(model, 0.7, top_p)
     torch.manual_seed(0)
-    assert torch.equal(Sampler(model)(BEGINNING, TEXTS, TOKENS, 0.7, top_p), expected)
+    assert torch.equal(Sampler(model)(BEGINNINGS, TOKENS, 0.7, top_p), expected)
     assert len(expected.unique()) > 5, "not one token over and over"
 
 

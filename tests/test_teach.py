@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,7 @@ from ffn_fusion.hf.probe import record
 from ffn_fusion.hf.text import read_windows
 from ffn_fusion.settings import Machine, Text
 from ffn_fusion.settings_training import Writing
+from ffn_fusion.speed.sampling import Sampler
 from ffn_fusion.stages import teach as stage
 from ffn_fusion.stages.teach import TEXT, teach
 
@@ -207,6 +209,8 @@ def test_answers_of_another_model_are_refused_and_those_of_a_copy_taken(
         ({"top_k": VOCAB_SIZE}, ["--top-k 128", "128 tokens"]),
         ({"hidden": (1, 6)}, ["--hidden 6", "0 to 5"]),
         ({"windows": 0}, ["--windows 0", "--write"]),
+        ({"writing": Writing(opening=5)}, ["--opening 5", "--write"]),
+        ({"writing": Writing(write=1, opening=5, max_new_tokens=252), "windows": 0}, ["257", "256"]),
         ({"windows": 3, "writing": WRITING}, ["--windows 3", "--write"]),
         ({"windows": 100_000}, ["100000 windows"]),
         ({"writing": Writing(write=1, max_new_tokens=300), "windows": 0}, ["301", "256", "--max-new-tokens"]),
@@ -367,12 +371,47 @@ def test_a_chat_model_writes_documents_if_asked_and_past_their_ends(chatty: Path
     with torch.no_grad():
         while len(ids) < 41:
             ids.append(int(writer._model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
-    assert writer._sample(["<s>"], 0.001) == [ids[1:]]
+    begun = torch.tensor([ids[:1]])
+    assert writer._sample(begun, torch.ones_like(begun), 0.001).tolist() == [ids[1:]]
     freely = replace(greedy, prompt_temperature=1.0, top_p=1.0)
     documents, _ = author_of(chatty, freely, size=8).batch(0, set())
     assert len(documents) == 8
     assert not any(document.messages for document in documents)
     assert any("</s>" in document.text[:-4] for document in documents), "one text follows another"
+
+
+@pytest.mark.parametrize("roomy", [True, False])
+def test_documents_go_on_from_stretches_of_a_text(
+    roomy: bool, chatty: Path, text: Text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "has_room", lambda _: roomy)
+    writing = Writing(write=20, opening=7, max_new_tokens=30, prompt_temperature=0.001)
+    result = write(chatty, tmp_path / "w", writing, text=text, machine=Machine(batch_size=8))
+    tokenizer, model = tiny_tokenizer(), ModelFolder(chatty).load(torch.float32, "cpu")
+    openings = read_windows(replace(text, length=7), tokenizer, None, "fit")
+    assert result.written
+    assert result.written.openings == openings.sample
+    found = [row["text"] for row in rows(tmp_path / "w")]
+    assert len(found) == 20
+    assert not result.written.chat
+    for opening, document in zip(openings.ids, found, strict=False):
+        ids = opening.tolist()
+        with torch.no_grad():
+            while len(ids) < 37:
+                ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+        assert document == tokenizer.decode(ids).strip(), "the likeliest words behind the text's own"
+
+
+def test_a_text_of_few_stretches_is_gone_on_from_again(chatty: Path) -> None:
+    tokenizer, model = tiny_tokenizer(), ModelFolder(chatty).load(torch.float32, "cpu")
+    openings = torch.tensor([[5, 9, 4], [7, 3, 8]])
+    author = Author(model, tokenizer, Writing(opening=3, max_new_tokens=20), 0, 6, Sampler(model), openings)
+    documents, rejected = author.batch(0, set())
+    begun = Counter(tuple(tokenizer(document.text)["input_ids"][:3]) for document in documents)
+    assert begun.keys() == {(5, 9, 4), (7, 3, 8)}
+    assert not rejected
+    again, _ = author.batch(1, {document.key for document in documents})
+    assert len({document.text for document in documents + again}) == 12
 
 
 def test_documents_come_from_the_decode_step_where_it_has_room(

@@ -11,8 +11,10 @@ class Written:
 
     documents: int
     chat: bool
-    """Prompts and answers through the chat template; else documents from nothing but the token that begins one."""
+    """Prompts and answers through the chat template; else documents."""
     rejected: dict[str, int]
+    openings: Sample | None = None
+    """What documents open with; without it, with nothing but the token that begins one."""
 
     @property
     def share_rejected(self) -> float:

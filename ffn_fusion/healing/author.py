@@ -2,7 +2,8 @@
 
 An instruct model that is given its chat template up to the place where a user speaks writes what a user would say
 (Magpie, arXiv 2406.08464); then it answers. A model without a template writes documents from the token that begins one,
-and so does any model if that is wanted: what it was trained on, in its own words (LLM-QAT, arXiv 2305.17888).
+and so does any model if that is wanted: what it was trained on, in its own words (LLM-QAT, arXiv 2305.17888). Or it
+goes on from stretches of a given text, which keeps it to the subjects and the manner of that text.
 """
 
 from collections import Counter
@@ -18,14 +19,14 @@ from ffn_fusion.errors import UserError
 from ffn_fusion.hf.text import bare
 from ffn_fusion.settings_training import Writing
 
-Continue = Callable[[list[int], int, int, float, float], Tensor]
-"""A beginning, how many texts, tokens of each, temperature, top-p → token ids behind the beginning, [texts, tokens]."""
+Continue = Callable[[Tensor, int, float, float], Tensor]
+"""Beginnings [texts, n], tokens to add, temperature, top-p → token ids behind each beginning, [texts, tokens]."""
 MARK = "\ue000"
 """Stands in for what is said; a character that no template and no text uses."""
 RUN = 8
 MOST_REPEATED = 0.5
-BEGINNING = 200
-"""Characters that no other text begins with."""
+END = 200
+"""Characters that no other text ends with: texts may begin alike."""
 
 
 class Document(NamedTuple):
@@ -36,8 +37,8 @@ class Document(NamedTuple):
 
     @property
     def key(self) -> str:
-        """Of a conversation the prompt, since answers to one question are alike; of another text how it begins."""
-        words = self.messages[0]["content"] if self.messages else self.text[:BEGINNING]
+        """Of a conversation the prompt, since answers to one question are alike; of another text how it ends."""
+        words = self.messages[0]["content"] if self.messages else self.text[-END:]
         return " ".join(words.casefold().split())
 
 
@@ -79,18 +80,21 @@ class Author:
         seed: int,
         batch_size: int,
         sampler: Continue | None = None,
+        openings: Tensor | None = None,
     ) -> None:
-        """`sampler` writes what is no conversation; without it the model's own `generate` does."""
+        """`sampler` writes what is no conversation; without it the model's own `generate` does. `openings` [number, n]
+        are stretches of text for documents to begin with, each in its turn."""
         self._model, self._tokenizer, self._writing, self._sampler = model, tokenizer, writing, sampler
-        self._seed, self._batch_size = seed, batch_size
+        self._seed, self._batch_size, self._openings = seed, batch_size, openings
         tokenizer.padding_side = "left"
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        self.chat = bool(tokenizer.chat_template) and not writing.documents
+        self.chat = bool(tokenizer.chat_template) and not writing.documents and openings is None
         self._opening, user_end, answer_end = _template(tokenizer) if self.chat else (_beginning(tokenizer), "", "")
         self._user_end, self._answer_end = self._end(user_end), self._end(answer_end)
         self._closing = answer_end
-        room = len(self._ids(self._opening)) + (2 if self.chat else 1) * writing.max_new_tokens
+        begun = len(self._ids(self._opening)) if openings is None else openings.shape[1]
+        room = begun + (2 if self.chat else 1) * writing.max_new_tokens
         if room > model.config.max_position_embeddings:
             raise UserError(
                 f"a document may come to {room:,} tokens; the model takes {model.config.max_position_embeddings:,}: "
@@ -103,7 +107,7 @@ class Author:
         with torch.random.fork_rng(devices):
             # torch's generator on a CPU looks at 32 bits of a seed only.
             torch.manual_seed(Random(f"{self._seed} {number}").getrandbits(32))
-            return self._chats(known) if self.chat else self._texts(known)
+            return self._chats(known) if self.chat else self._texts(number, known)
 
     def _chats(self, known: set[str]) -> tuple[list[Document], Counter[str]]:
         rejected: Counter[str] = Counter()
@@ -129,11 +133,11 @@ class Author:
                 documents.append(Document(bare(text, self._tokenizer), [*question, answer]))
         return documents, rejected
 
-    def _texts(self, known: set[str]) -> tuple[list[Document], Counter[str]]:
+    def _texts(self, number: int, known: set[str]) -> tuple[list[Document], Counter[str]]:
         """Where a text ends the next one begins, as in training; nobody waits for the longest of a batch."""
         rejected: Counter[str] = Counter()
         documents: dict[str, Document] = {}
-        for ids in self._freely():
+        for ids in self._freely(number):
             document = Document(self._tokenizer.decode(ids).strip(), [])
             fault = _fault(document.text, ids)
             fault = fault or ("duplicate" if document.key in known | documents.keys() else None)
@@ -143,30 +147,36 @@ class Author:
                 documents[document.key] = document
         return list(documents.values()), rejected
 
-    def _freely(self) -> list[list[int]]:
-        """Token ids of texts that go on as far as is allowed."""
-        wanted = self._writing
+    def _freely(self, number: int) -> list[list[int]]:
+        """Token ids of texts that go on as far as is allowed, with what they open with if it is given text."""
+        wanted, size = self._writing, self._batch_size
+        if self._openings is None:
+            beginnings = torch.tensor([self._ids(self._opening)]).expand(size, -1)
+        else:
+            beginnings = self._openings[torch.arange(number * size, (number + 1) * size) % len(self._openings)]
         if self._sampler is None:
-            return self._sample([self._opening] * self._batch_size, wanted.prompt_temperature)
-        size, length = self._batch_size, wanted.max_new_tokens
-        ids = self._sampler(self._ids(self._opening), size, length, wanted.prompt_temperature, wanted.top_p)
-        rows: list[list[int]] = ids.tolist()
+            ids = self._sample(beginnings, torch.ones_like(beginnings), wanted.prompt_temperature)
+        else:
+            ids = self._sampler(beginnings, wanted.max_new_tokens, wanted.prompt_temperature, wanted.top_p).cpu()
+        rows: list[list[int]] = (ids if self._openings is None else torch.cat([beginnings, ids], 1)).tolist()
         return rows
 
     def _write(self, heads: list[str], temperature: float, end: _End) -> list[_Said]:
         """Continue each head to its end, or as far as is allowed."""
         options: dict[str, Any] = {"stop_strings": [end.string], "tokenizer": self._tokenizer} if end.string else {}
         stops = [*end.tokens, *self._tokenizer.all_special_ids]
-        rows = self._sample(heads, temperature, eos_token_id=stops, **options) if heads else []
-        return [self._said(row, end) for row in rows]
+        if not heads:
+            return []
+        inputs = self._tokenizer(heads, add_special_tokens=False, padding=True, return_tensors="pt")
+        ids = self._sample(inputs["input_ids"], inputs["attention_mask"], temperature, eos_token_id=stops, **options)
+        return [self._said(row, end) for row in ids.tolist()]
 
     @torch.no_grad()
-    def _sample(self, heads: list[str], temperature: float, **stopping: Any) -> list[list[int]]:
+    def _sample(self, heads: Tensor, mask: Tensor, temperature: float, **stopping: Any) -> Tensor:
         """Token ids that the model puts behind each head; without `stopping` all that are allowed."""
-        inputs = self._tokenizer(heads, add_special_tokens=False, padding=True, return_tensors="pt")
-        ids = self._model.generate(
-            input_ids=inputs["input_ids"].to(self._model.device),
-            attention_mask=inputs["attention_mask"].to(self._model.device),
+        ids: Tensor = self._model.generate(
+            input_ids=heads.to(self._model.device),
+            attention_mask=mask.to(self._model.device),
             max_new_tokens=self._writing.max_new_tokens,
             do_sample=True,
             temperature=temperature,
@@ -177,8 +187,7 @@ class Author:
             use_cache=True,
             **({"eos_token_id": None} | stopping),
         )
-        rows: list[list[int]] = ids[:, inputs["input_ids"].shape[1] :].tolist()
-        return rows
+        return ids[:, heads.shape[1] :].cpu()
 
     def _said(self, ids: list[int], end: _End) -> _Said:
         # Any other special token is out of turn: another's words, or the padding behind an end.

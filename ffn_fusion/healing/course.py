@@ -79,7 +79,8 @@ class Course:
         self.progress = cattrs.structure(folder.load(PROGRESS) or {}, Progress)
         self.head = head_of(pair.parent, ranks.device, habits.dtype)
         asks = any(map(needs_parent, recipe.stages))
-        self.measure: Measure = "kl" if asks else "nll"
+        # What the recipe is after in the end: the text itself costs some nearness to the parent.
+        self.measure: Measure = "nll" if recipe.stages[-1].losses.lm else "kl"
         self.parent = self._ask() if asks and material.cache is None else None
         self.answers = self._answers()
         self.journal = Journal(folder.path, self.progress.curve, ranks.is_first)

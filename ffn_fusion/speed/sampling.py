@@ -1,7 +1,5 @@
 """Text sampled from a model with the decode step of `speed/decode.py`: many documents at once, all equally long."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -23,23 +21,23 @@ def has_room(model: PreTrainedModel) -> bool:
 
 
 class Sampler:
-    """Continues one beginning many times. Keys and values have their place from the start: nothing grows or moves."""
+    """Continues beginnings of one length. Keys and values have their place from the start: nothing grows or moves."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._decoder = Decoder(model, Tensor.detach)
 
     @torch.no_grad()
-    def __call__(
-        self, beginning: Sequence[int], batch_size: int, num_tokens: int, temperature: float, top_p: float
-    ) -> Tensor:
-        """Token ids behind the beginning, [batch_size, num_tokens], drawn from torch's generator."""
+    def __call__(self, beginnings: Tensor, num_tokens: int, temperature: float, top_p: float) -> Tensor:
+        """Token ids behind each of the beginnings [batch_size, n], [batch_size, num_tokens], drawn from torch's
+        generator."""
         decoder = self._decoder
-        length = len(beginning) + num_tokens - 1
+        batch_size, begun = beginnings.shape
+        length = begun + num_tokens - 1
         pairs = self._caches(batch_size, length)
         cos, sin = decoder.positions(0, length)
         places = torch.arange(length, device=decoder.device)
         ids = torch.empty(batch_size, length + 1, dtype=torch.long, device=decoder.device)
-        ids[:, : len(beginning)] = torch.tensor(beginning, device=decoder.device)
+        ids[:, :begun] = beginnings
         warp = TopPLogitsWarper(top_p) if top_p < 1 else None
         for place in range(length):
             here = slice(place, place + 1)
@@ -50,11 +48,11 @@ class Sampler:
                 caches.append(Cache(keys[:, :, first : place + 1], values[:, :, first : place + 1], own, None))
             with sdpa_kernel(BACKENDS):
                 logits = decoder.logits(ids[:, here], (cos[here], sin[here]), caches)
-            if place + 1 >= len(beginning):
+            if place + 1 >= begun:
                 scores = logits[:, -1].float() / temperature
                 scores = warp(ids, scores) if warp else scores
                 ids[:, place + 1 : place + 2] = torch.multinomial(scores.softmax(-1), 1)
-        return ids[:, len(beginning) :]
+        return ids[:, begun:]
 
     def _caches(self, batch_size: int, length: int) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of each attention, [batch_size, kv heads, length, head dim]."""

@@ -71,9 +71,11 @@ def teach(
     config = parent.config
     form = Form(text.length, config.vocab_size, config.hidden_size, top_k, temperature, sorted(set(hidden)))
     given = None if writing.write else read_windows(text, tokenizer, windows, "fit")
+    opened = replace(text, length=writing.opening) if writing.opening else None
+    openings = read_windows(opened, tokenizer, None, "fit") if opened else None
     inputs = {
         "model": parent.fingerprint,
-        "text": given.sample.digest if given else None,
+        "text": [read.sample.digest for read in (given, openings) if read],
         "writing": asdict(writing) if writing.write else None,
         "seed": text.seed,
         "windows": windows,
@@ -87,8 +89,9 @@ def teach(
         written, found = None, given
         if writing.write:
             sampler = Sampler(loaded) if has_room(loaded) else None
-            author = Author(loaded, tokenizer, writing, text.seed, machine.batch_size, sampler)
-            written = _write(author, folder, writing.write)
+            begin = openings.ids if openings else None
+            author = Author(loaded, tokenizer, writing, text.seed, machine.batch_size, sampler, begin)
+            written = replace(_write(author, folder, writing.write), openings=openings.sample if openings else None)
             found = None if windows == 0 else _read_written(folder, text, tokenizer)
         answers = _answer(loaded, folder, found.ids, form, machine.batch_size) if found else None
         keys, sample = (parent.checkpoint.key, tokenizer_key(tokenizer)), found.sample if found else None
@@ -105,6 +108,8 @@ def _check(parent: ModelFolder, windows: int | None, top_k: int, hidden: tuple[i
         raise UserError(f"--hidden {max(hidden)}: the parent's layers are 0 to {parent.num_layers - 1}")
     if windows == 0 and not writing.write:
         raise UserError("--windows 0 stores nothing; it goes with --write")
+    if writing.opening and not writing.write:
+        raise UserError(f"--opening {writing.opening} is of documents that the parent writes; it goes with --write")
     if windows and writing.write:
         raise UserError(f"--windows {windows}: of the text that --write makes, all is answered (or none: --windows 0)")
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from ffn_fusion.stages.fuse import fuse
     from ffn_fusion.stages.heal import heal
     from ffn_fusion.stages.latency import latency
+    from ffn_fusion.stages.merge import merge
     from ffn_fusion.stages.report import report
     from ffn_fusion.stages.run import run
     from ffn_fusion.stages.score import score
@@ -69,6 +70,7 @@ __all__ = [
     "fuse",
     "heal",
     "latency",
+    "merge",
     "report",
     "run",
     "score",

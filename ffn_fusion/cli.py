@@ -19,6 +19,7 @@ VERBS = {
     "plan": ("plan", "Say what a plan holds, another tool's included, and write its plan.json."),
     "fuse": ("fuse", "Build the student of a plan."),
     "heal": ("heal", "Train a student back to its parent: distillation, further pretraining, on any number of GPUs."),
+    "merge": ("merge", "Average students that were healed in different ways."),
     "align": ("align", "Tune a student to instructions or preferences, scored before and after."),
     "eval": ("evaluate", "Compare models with their parent: held-out text and benchmark tasks."),
     "bench": ("bench", "Time prefill and decode of a parent and its students, in torch, vLLM or llama.cpp."),

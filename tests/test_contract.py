@@ -90,7 +90,7 @@ def test_a_parent_loads_to_the_logits_of_the_stock_model(
     expected = stock(family)(input_ids=ids).logits
     assert relative_error(parent.load(torch.float32, "cpu")(input_ids=ids).logits, expected) < 1e-6
     assert parent.plan == Plan.identity(NUM_LAYERS)
-    assert not parent.is_student
+    assert parent.made_by is None
 
 
 @families

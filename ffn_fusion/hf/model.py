@@ -84,8 +84,10 @@ class ModelFolder:
         return Plan(tuple(block for block in blocks if block.layers))
 
     @property
-    def is_student(self) -> bool:
-        return (self.folder / PLAN_FILE).is_file()
+    def made_by(self) -> Plan | None:
+        """The plan that made a student of its parent, in the parent's layers; none for a parent."""
+        path = self.folder / PLAN_FILE
+        return Plan.from_json(path.read_text(encoding="utf-8")) if path.is_file() else None
 
     @property
     def num_layers(self) -> int:

@@ -2,6 +2,7 @@
 
 from ffn_fusion.core.align_records import AlignResult
 from ffn_fusion.core.heal_records import HealResult
+from ffn_fusion.core.merge_records import MergeResult
 from ffn_fusion.core.records import FuseResult
 from ffn_fusion.folder import read_record, stage_of
 from ffn_fusion.hf.model import ModelFolder
@@ -14,4 +15,6 @@ def texts_behind(student: ModelFolder) -> list[str]:
         return read_record(student.folder, FuseResult).result.texts
     if stage == "heal":
         return read_record(student.folder, HealResult).result.texts
+    if stage == "merge":
+        return read_record(student.folder, MergeResult).result.texts
     return read_record(student.folder, AlignResult).result.texts if stage == "align" else []

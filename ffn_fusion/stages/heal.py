@@ -229,9 +229,8 @@ def _state_of(text: str) -> str:
 
 def _plan(parent: ModelFolder, student: ModelFolder) -> Plan:
     """How the student came of the parent; a model of the same shape without a plan is taken as the parent's own."""
-    path = student.folder / PLAN_FILE
-    if path.is_file():
-        plan = Plan.from_json(path.read_text(encoding="utf-8"))
+    plan = student.made_by
+    if plan:
         parent.check_plan(plan)
     elif student.shapes == parent.shapes:
         plan = parent.plan

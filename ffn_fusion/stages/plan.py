@@ -82,7 +82,7 @@ def plan(
 def _is_ordinary(model: ModelFolder) -> bool:
     """Whether this is the folder of a model that is nobody's plan: it stands for itself."""
     is_model = os.path.isfile(model.folder / "config.json")
-    return is_model and not model.is_student and not is_changed(model.raw_config)
+    return is_model and model.made_by is None and not is_changed(model.raw_config)
 
 
 def _write(plan: Plan, out: Path) -> None:

@@ -2,10 +2,12 @@
 # How far healing brings a fused student back, and what each choice is worth. One GPU; parts run side by side.
 # benchmarks/healing.sh OUT MODEL TEXTS [PLAN [OTHER ...]]      TEXTS: the folder that benchmarks/mix.py made
 #
-# ONLY="own speed main ..." picks parts: own, speed, rates, main, further, unfused, plain, local, paper, tasks, ladder, ladder-tasks.
-# Part own has the parent write OWN texts of 1,024 tokens; half of what is learned from is then these. Part further needs them:
-# the main run's student goes on, mostly on them (also in a later call, ONLY="further tasks").
-# RATE, STEP: of all runs but those of part rates. TOKENS, MORE_TOKENS, RUNG_TOKENS: of the parts main, further and ladder (each OTHER plan).
+# ONLY="own speed main ..." picks parts: own, speed, rates, main, further, text, unfused, plain, local, paper, tasks, ladder, ladder-tasks.
+# Part own has the parent write OWN texts of 1,024 tokens, and OPENED more that go on from stretches of prose; half of what is learned
+# from is then the first. Part further needs them: the main run's student goes on, mostly on them (also in a later call,
+# ONLY="further tasks"). Part text has that student go on with a loss on the text as well, averages the two, and ends on prose.
+# RATE, STEP: of all runs but those of part rates. TOKENS, MORE_TOKENS, TEXT_TOKENS, RUNG_TOKENS: of the parts main, further, text and
+# ladder (each OTHER plan).
 set -eu
 out=$1 model=$2 texts=$3
 # What `search --sublayers 42 --kv-bytes 13824 --trials 10` finds of SmolLM2-135M: twelve attentions removed, six blocks fewer.
@@ -17,7 +19,7 @@ else
     set -- 'A0F0 A1F1 A2F2 A3F3 A4F4 A5F5 A6F6 -F7 -F8 A9F9 A10F10 A11F11 A12F12 A13F13+14+15 A16F16+17+18 A19F19+20 A21F21 A22F22 A23F23 A24F24 -F25 A26F26 A27F27 -F28 A29F29' \
         'A0F0 A1F1 A2F2 A3F3 A4F4 A5F5 A6F6 -F7 A8F8 A9F9 A10F10 A11F11 A12F12 A13F13+14+15 A16F16+17+18 A19F19 A20F20 A21F21 A22F22 A23F23 A24F24 A25F25 A26F26 A27F27 -F28 A29F29'
 fi
-only=${ONLY:-own speed main further unfused plain local paper tasks ladder ladder-tasks}
+only=${ONLY:-own speed main further text unfused plain local paper tasks ladder ladder-tasks}
 rate=${RATE:-3.0e-4} step=${STEP:-16_384} tokens=${TOKENS:-100_000_000}
 run() { python3 -m ffn_fusion "$@"; }
 wanted() { case " $only " in *" $1 "*) true ;; *) false ;; esac; }
@@ -34,6 +36,11 @@ own_mix="  - {text: $out/own/text.jsonl, share: 8}
   - {text: $texts/chats.jsonl, share: 1}
   - {text: $texts/prose.jsonl, share: 1}
   - {text: $texts/manuals.jsonl, share: 0.5}"
+text_mix="  - {text: $out/own/text.jsonl, share: 4}
+  - {text: $out/opened/text.jsonl, share: 1}
+  - {text: $texts/prose.jsonl, share: 2}
+  - {text: $texts/chats.jsonl, share: 1}
+  - {text: $texts/manuals.jsonl, share: 0.25}"
 recipe() { # NAME STAGES [TEXT]: the domains are the same for all
     cat > "$out/recipes/$1.yaml" <<END
 domains: {prose: builtin:novels, knowledge: builtin:wikipedia, maths: builtin:maths, code: builtin:code,
@@ -50,6 +57,9 @@ stage() { # NAME TOKENS RATE [LENGTH [MORE]]
 }
 recipe main "$(stage global "$tokens" "$rate")"
 recipe further "$(stage global "${MORE_TOKENS:-110_000_000}" 4.0e-4 1024 "$kl, schedule: linear, final_rate: 0")" "$own_mix"
+recipe text "$(stage text "${TEXT_TOKENS:-82_000_000}" 4.0e-4 1024 "losses: {kl: 1, lm: 0.3}, schedule: linear, final_rate: 0")" "$text_mix"
+(step=4096 && recipe prose "$(stage prose 98_304 1.0e-4 512 'losses: {kl: 1, lm: 0.5}, warm_up: 0.1, schedule: linear, final_rate: 0')" \
+    "  - {text: $texts/prose.jsonl}")
 recipe rung "$(stage global "${RUNG_TOKENS:-12_000_000}" "$rate")"
 recipe short "$(stage global 8_000_000 "$rate")"
 recipe local "$(stage local 2_000_000 "$rate" 1024 'trains: neighbours, local: true, losses: {mse: 1}')
@@ -80,8 +90,14 @@ score() { # NAME STUDENTS OPTION...: of those that are there
     run eval "$model" $students --windows 64 --batch-size 32 --out "$out/$name" "$@" > "$out/logs/$name" 2>&1
 }
 fuse fused "$plan"
-wanted own && run teach "$model" --write "${OWN:-40_000}" --documents --max-new-tokens 1024 --top-p 1 --batch-size 1024 --windows 0 \
-    --out "$out/own" > "$out/logs/own" 2>&1
+if wanted own; then
+    own="--top-p 1 --batch-size 1024 --windows 0"
+    # shellcheck disable=SC2086
+    run teach "$model" --write "${OWN:-40_000}" --documents --max-new-tokens 1024 $own --out "$out/own" > "$out/logs/own" 2>&1
+    # shellcheck disable=SC2086
+    run teach "$model" --write "${OPENED:-5_000}" --opening 64 --text "$texts/prose.jsonl" --max-new-tokens 960 $own \
+        --out "$out/opened" > "$out/logs/opened" 2>&1
+fi
 wanted speed && python3 benchmarks/healing.py "$model" "$out/fused" --windows 32 --steps 5 --out "$out/speed.json"
 unfused=$(python3 -c 'import sys; from ffn_fusion import Plan; print(Plan.parse(sys.argv[1]).unfused())' "$plan")
 wanted unfused && fuse unfused "$unfused"
@@ -105,7 +121,12 @@ if wanted ladder; then
 fi
 wait
 if wanted further; then heal further healed-main further; fi
-both_ends="$out/fused $out/healed-main $out/healed-further"
+if wanted text; then
+    heal text healed-further text
+    run merge "$out/healed-further" "$out/healed-text" --out "$out/average"
+    heal prose average prose
+fi
+both_ends="$out/fused $out/healed-main $out/healed-further $out/healed-text $out/average $out/healed-prose"
 if wanted tasks; then
     score tasks "$both_ends $out/healed-unfused" --tasks commonsense &
     (score brown "$both_ends" --text "$texts/brown.jsonl" && score speeches "$both_ends" --text "$texts/speeches.jsonl") &

@@ -453,6 +453,11 @@ def test_no_begin_token_stands_twice_in_what_is_read_back(chatty: Path) -> None:
     documents, _ = Author(writer._model, tokenizer, WRITING, 0, 8).batch(0, set())
     assert [document.text for document in documents] == [document.text[3:] for document in plain]
     assert tokenizer(documents[0].text)["input_ids"][:4] == writer._ids("<s>[U]")
+    begun = torch.tensor([tokenizer("ab")["input_ids"]])
+    opened, _ = Author(writer._model, tokenizer, Writing(opening=3, max_new_tokens=9), 0, 2, None, begun).batch(
+        0, set()
+    )
+    assert all(tokenizer(document.text)["input_ids"][:3] == begun[0].tolist() for document in opened)
 
 
 def test_what_is_of_no_use_is_rejected_and_counted(chatty: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,7 +138,7 @@ class Author:
         rejected: Counter[str] = Counter()
         documents: dict[str, Document] = {}
         for ids in self._freely(number):
-            document = Document(self._tokenizer.decode(ids).strip(), [])
+            document = Document(bare(self._tokenizer.decode(ids).strip(), self._tokenizer), [])
             fault = _fault(document.text, ids)
             fault = fault or ("duplicate" if document.key in known | documents.keys() else None)
             if fault:

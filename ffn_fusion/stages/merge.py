@@ -70,7 +70,9 @@ class _Average:
         names = self._folders[0].checkpoint.specs
         for name in track(names, "merge: tensors written", len(names)):
             parts = [folder.checkpoint.read(name).float() for folder in self._folders]
-            mean = torch.stack([share * part for share, part in zip(self._shares, parts, strict=True)]).sum(0)
+            mean = torch.zeros_like(parts[0])
+            for share, part in zip(self._shares, parts, strict=True):
+                mean.add_(part, alpha=share)
             self._squares.append([float((each - mean).square().sum()) for each in parts] + [float(mean.square().sum())])
             yield name, mean
 

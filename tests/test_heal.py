@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from ffn_fusion.healing.corpus import Corpus
 from ffn_fusion.healing.course import Course
 from ffn_fusion.healing.domains import Answers
 from ffn_fusion.healing.feeds import CachedFeed, LiveFeed, head_of, spans
+from ffn_fusion.healing.footprint import suggestion
 from ffn_fusion.healing.loop import Objective, Training
 from ffn_fusion.healing.ranks import joined
 from ffn_fusion.healing.sharded import Form, Model, load
@@ -455,6 +457,20 @@ def test_full_memory_names_what_helps(healed: Callable[..., Any], monkeypatch: p
     monkeypatch.setattr(Training, "_step", full)
     with pytest.raises(UserError, match="with 2 windows at once; lower --batch-size, give --gradient-checkpointing"):
         healed(GLOBAL)
+
+
+@pytest.mark.parametrize(
+    ("at_once", "share", "used", "better"),
+    [(4, 16, 0.1, 16), (4, 16, 0.3, 8), (4, 16, 0.5, None), (4, 6, 0.1, 6), (16, 16, 0.01, None)],
+)
+def test_a_gpu_that_has_room_is_given_more_at_once(
+    at_once: int, share: int, used: float, better: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = SimpleNamespace(total_memory=1000)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 1000 * used)
+    said = suggestion(at_once, share, torch.device("cuda"))
+    assert (said.rpartition(" ")[2] if said else None) == (str(better) if better else None)
 
 
 def test_activations_computed_again_change_nothing(healed: Callable[..., Any], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import gc
 import shutil
+import sys
 import time
 from collections import deque
 from collections.abc import Callable
@@ -12,7 +13,6 @@ from typing import Any
 
 import cattrs
 import numpy as np
-import torch
 from safetensors.torch import load_file, save
 
 from ffn_fusion.core.curriculum import Curriculum, TrainingStage
@@ -31,6 +31,7 @@ from ffn_fusion.healing.corpus import build_corpus, drawn, repeated
 from ffn_fusion.healing.domains import Answers, ask_parent
 from ffn_fusion.healing.feeds import CachedFeed, Feed, LiveFeed, head_of, needs_parent
 from ffn_fusion.healing.flops import matrix_flops, training_flops
+from ffn_fusion.healing.footprint import peak_gb, start_peak, suggestion
 from ffn_fusion.healing.given import Habits, Material, Pair
 from ffn_fusion.healing.journal import Journal
 from ffn_fusion.healing.loop import Done, Objective, Training, evenly
@@ -94,8 +95,7 @@ class Course:
     def _stage(self, number: int, stage: TrainingStage) -> None:
         # The model of the stage before holds itself in cycles.
         gc.collect()
-        if self.ranks.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.ranks.device)
+        start_peak(self.ranks.device)
         progress, habits = self.progress, self.habits
         moving = self.pair.changed(stage)
         objective = self.pair.objective(stage, habits.compiled)
@@ -126,7 +126,7 @@ class Course:
             round(progress.seconds, 2),
             round(speed, 1),
             share,
-            _peak_memory(self.ranks.device),
+            peak_gb(self.ranks.device),
             drawn(order[: steps * stage.windows_per_step], sources, stage.length),
         )
         progress.stages.append(outcome)
@@ -169,6 +169,9 @@ class Course:
                 progress.stopped = f"the loss is not a number at {where}; lower its learning_rate"
                 return
             self._note(done, done_before, tokens_before)
+            better = cold and self.ranks.is_first and suggestion(training.at_once, training.share, self.ranks.device)
+            if better:
+                print(f"heal: {better}", file=sys.stderr)
             step = done.point.step
             elapsed = time.monotonic() - since
             progress.seconds += elapsed
@@ -308,7 +311,3 @@ def _chooser(stage: TrainingStage, moving: frozenset[int]) -> Callable[[str], bo
     """Whether a parameter trains in a stage, by its name."""
     prefixes = tuple(LAYER.format(index) for index in moving)
     return lambda name: stage.trains == "all" or name.startswith(prefixes)
-
-
-def _peak_memory(device: torch.device) -> float | None:
-    return torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None

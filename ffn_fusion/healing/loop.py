@@ -108,14 +108,15 @@ class Done:
 
 
 class Training:
-    """A stage under way. Steps are counted from 0 within the stage."""
+    """A stage under way. Steps are counted from 0 within the stage; of each this rank has a `share` of windows, so many
+    `at_once`."""
 
     def __init__(
         self, student: Model, stage: TrainingStage, objective: Objective, feed: Feed, ranks: Ranks, batch_size: int
     ) -> None:
         self.student, self.stage, self.objective, self.feed, self.ranks = student, stage, objective, feed, ranks
-        self._own = ranks.share(stage.windows_per_step)
-        self._batch_size = batch_size
+        self.share = ranks.share(stage.windows_per_step)
+        self.at_once = min(batch_size, self.share)
         self._parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
         decay = stage.weight_decay
         self.optimizer = torch.optim.AdamW(self._parameters, betas=BETAS, weight_decay=decay, fused=True)
@@ -138,13 +139,13 @@ class Training:
         places = range(first + self.ranks.rank, first + num_windows, size)
         for group in self.optimizer.param_groups:
             group["lr"] = self.stage.rate(step)
-        batches = [places[i : i + self._batch_size] for i in range(0, self._own, self._batch_size)]
+        batches = [places[i : i + self.at_once] for i in range(0, self.share, self.at_once)]
         sums = torch.zeros(len(self.objective.names), device=self.ranks.device)
         for number, some in enumerate(batches, start=1):
             cast(FSDPModule, self.student).set_requires_gradient_sync(number == len(batches))
             total, losses = self.objective(self.student, self.feed.batch(some))
             # Gradients of ranks are averaged.
-            (total / (self._own * self.stage.length)).backward()
+            (total / (self.share * self.stage.length)).backward()
             sums += losses
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.stage.max_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -2,11 +2,12 @@
 # How far healing brings a fused student back, and what each choice is worth. One GPU; parts run side by side.
 # benchmarks/healing.sh OUT MODEL TEXTS [PLAN [OTHER ...]]      TEXTS: the folder that benchmarks/mix.py made
 #
-# ONLY="own speed main ..." picks parts: own, speed, rates, main, further, text, again, unfused, plain, local, paper, tasks, ladder, ladder-tasks.
+# ONLY="own speed main ..." picks parts: own, speed, rates, main, further, text, again, domain, unfused, plain, local, paper, tasks, ladder, ladder-tasks.
 # Part own has the parent write OWN texts of 1,024 tokens, and OPENED more that go on from stretches of prose; half of what is learned
 # from is then the first. Part further needs them: the main run's student goes on, mostly on them (also in a later call,
 # ONLY="further tasks"). Part text has that student go on with a loss on the text as well, averages the two, and ends on prose. Part again
-# writes AGAIN more texts and has the average go on, 32 windows a step, and ends on prose.
+# writes AGAIN more texts and has the average go on, 32 windows a step, and ends on prose. Part domain learns from every other document of
+# Brown and of the speeches, averages, and measures on the others.
 # RATE, STEP: of all runs but those of part rates. TOKENS, MORE_TOKENS, TEXT_TOKENS, AGAIN_TOKENS, RUNG_TOKENS: of the parts main, further,
 # text, again and ladder (each OTHER plan).
 set -eu
@@ -20,7 +21,7 @@ else
     set -- 'A0F0 A1F1 A2F2 A3F3 A4F4 A5F5 A6F6 -F7 -F8 A9F9 A10F10 A11F11 A12F12 A13F13+14+15 A16F16+17+18 A19F19+20 A21F21 A22F22 A23F23 A24F24 -F25 A26F26 A27F27 -F28 A29F29' \
         'A0F0 A1F1 A2F2 A3F3 A4F4 A5F5 A6F6 -F7 A8F8 A9F9 A10F10 A11F11 A12F12 A13F13+14+15 A16F16+17+18 A19F19 A20F20 A21F21 A22F22 A23F23 A24F24 A25F25 A26F26 A27F27 -F28 A29F29'
 fi
-only=${ONLY:-own speed main further text again unfused plain local paper tasks ladder ladder-tasks}
+only=${ONLY:-own speed main further text again domain unfused plain local paper tasks ladder ladder-tasks}
 rate=${RATE:-3.0e-4} step=${STEP:-16_384} tokens=${TOKENS:-100_000_000}
 run() { python3 -m ffn_fusion "$@"; }
 wanted() { case " $only " in *" $1 "*) true ;; *) false ;; esac; }
@@ -48,10 +49,11 @@ again_mix="  - {text: $out/own/text.jsonl, share: 3}
   - {text: $texts/prose.jsonl, share: 1.5}
   - {text: $texts/chats.jsonl, share: 1}
   - {text: $texts/manuals.jsonl, share: 0.25}"
-recipe() { # NAME STAGES [TEXT]: the domains are the same for all
+speeches=$texts/speeches.jsonl brown=$texts/brown.jsonl
+recipe() { # NAME STAGES [TEXT]: the domains are the same for all, unless it learns from half of two
     cat > "$out/recipes/$1.yaml" <<END
 domains: {prose: builtin:novels, knowledge: builtin:wikipedia, maths: builtin:maths, code: builtin:code,
-          chat: builtin:dialogue, speeches: $texts/speeches.jsonl, brown: $texts/brown.jsonl}
+          chat: builtin:dialogue, speeches: $speeches, brown: $brown}
 text:
 ${3:-$mix}
 stages:
@@ -68,6 +70,12 @@ recipe text "$(stage text "${TEXT_TOKENS:-82_000_000}" 4.0e-4 1024 "losses: {kl:
 (
     step=4096 prose="  - {text: $texts/prose.jsonl}" down="warm_up: 0.1, schedule: linear, final_rate: 0"
     recipe prose "$(stage prose 98_304 1.0e-4 512 "losses: {kl: 1, lm: 0.5}, $down")" "$prose"
+    for each in brown speeches; do
+        awk 'NR % 2 == 1' "$texts/$each.jsonl" > "$out/$each-even.jsonl"
+        awk 'NR % 2 == 0' "$texts/$each.jsonl" > "$out/$each-odd.jsonl"
+    done
+    (speeches=$out/speeches-odd.jsonl brown=$out/brown-odd.jsonl && recipe domain "$(stage domain 122_880 1.0e-4 1024 "losses: {kl: 1, lm: 0.3}, $down")" "  - {text: $out/brown-even.jsonl}
+  - {text: $out/speeches-even.jsonl}")
     recipe again-prose "$(stage prose 122_880 1.0e-4 1024 "losses: {kl: 1, lm: 1}, $down")" "$prose"
 )
 (step=32_768 && recipe again "$(stage global "${AGAIN_TOKENS:-311_000_000}" 4.5e-4 1024 "$kl, schedule: linear, final_rate: 0")" "$again_mix")
@@ -142,6 +150,13 @@ if wanted again; then
     run teach "$model" --write "${AGAIN:-20_000}" --documents --max-new-tokens 1024 $own --seed 4 --out "$out/own-again" > "$out/logs/own-again" 2>&1
     heal again average again 32
     heal again-prose healed-again again-prose
+fi
+if wanted domain; then
+    heal domain healed-again domain
+    run merge "$out/healed-again" "$out/healed-domain" --out "$out/average-domain"
+    for each in brown speeches; do
+        score "domain-$each" "$out/healed-again $out/healed-domain $out/average-domain" --text "$out/$each-odd.jsonl"
+    done
 fi
 both_ends="$out/fused $out/healed-main $out/healed-further $out/healed-text $out/average $out/healed-prose"
 both_ends="$both_ends $out/healed-again $out/healed-again-prose"

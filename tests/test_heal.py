@@ -47,6 +47,7 @@ from ffn_fusion.stages.teach import teach
 CPU = Machine(device="cpu", dtype="fp32", batch_size=2)
 GLOBAL = {"name": "global", "tokens": 768, "length": 32, "step_tokens": 128, "learning_rate": 3e-3, "losses": {"kl": 1}}
 LOCAL = GLOBAL | {"name": "local", "tokens": 512, "trains": "changed", "local": True, "losses": {"mse": 1}}
+RANKED = str(Path(__file__).parent / "ranked_heal.py")
 Tiny = Callable[[str], Path]
 
 
@@ -155,12 +156,13 @@ def test_a_local_stage_moves_changed_blocks_only(
     assert moved == {"1", "2", "3"}
 
 
-@pytest.mark.parametrize("save_minutes", [1e-9, 10.0])
+@pytest.mark.parametrize(("save_minutes", "optimizer"), [(1e-9, "adamw"), (10.0, "adamw"), (1e-9, "muon")])
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(
-    save_minutes: float, healed: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    save_minutes: float, optimizer: str, healed: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Saved at every step, or at check-ups only, which come after every second or third: the rest is made again."""
-    healed(LOCAL, GLOBAL)
+    stages = (LOCAL, GLOBAL | {"optimizer": optimizer})
+    healed(*stages)
     step, victims, made, tokenised = Training._step, (2, 3, 5), [], []
 
     def read(text: Text, *arguments: Any) -> list[str]:
@@ -184,11 +186,11 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
 
         monkeypatch.setattr(Training, "_step", dying)
         with pytest.raises(KeyboardInterrupt):
-            healed(LOCAL, GLOBAL, name="killed", save_minutes=save_minutes)
+            healed(*stages, name="killed", save_minutes=save_minutes)
     monkeypatch.setattr(Training, "_step", counted)
     with (tmp_path / ".killed.partial" / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "trai')
-    healed(LOCAL, GLOBAL, name="killed")
+    healed(*stages, name="killed")
     assert (len(made) == 4 + 6) == (save_minutes < 1)
     assert len(tokenised) == 2 * 2, "both texts of each stage once"
     assert losses_of(tmp_path / "killed") == losses_of(tmp_path / "out")
@@ -215,16 +217,21 @@ def test_students_that_are_to_be_kept_outlive_a_kill(
     assert {path.name for path in students.iterdir()} == {"step-3", "step-6"}
 
 
-@pytest.mark.parametrize("program", [["-m", "ffn_fusion"], [str(Path(__file__).parent / "ranked_heal.py")]])
+@pytest.mark.parametrize(
+    ("program", "optimizer"),
+    [(["-m", "ffn_fusion"], "adamw"), ([RANKED], "adamw"), ([RANKED], "muon")],
+    ids=["one group", "many groups", "muon"],
+)
 def test_two_ranks_go_on_from_one_and_learn_the_same(
     program: list[str],
+    optimizer: str,
     healed: Callable[..., Any],
     tiny_parent: Tiny,
     tiny_student: Tiny,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    stages = (LOCAL, GLOBAL)
+    stages = (LOCAL, GLOBAL | {"optimizer": optimizer})
     healed(*stages)
     step = Training._step
 

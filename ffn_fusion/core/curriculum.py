@@ -13,6 +13,7 @@ from ffn_fusion.errors import UserError
 
 Schedule = Literal["cosine", "linear", "constant"]
 Trains = Literal["all", "changed", "neighbours"]
+Optimizers = Literal["adamw", "muon"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class TrainingStage:
     """Share of the steps over which the learning rate rises."""
     final_rate: float = 0.1
     """Share of the learning rate that is left at the end."""
+    optimizer: Optimizers = "adamw"
+    """Of the blocks' matrices; all else is AdamW's."""
     weight_decay: float = 0.0
     max_norm: float = 1.0
     """Gradients are clipped to this norm."""

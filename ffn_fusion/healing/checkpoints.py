@@ -1,6 +1,7 @@
 """Training state on disk: sharded, so that each rank writes its own part and any number of ranks can go on from it."""
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ from ffn_fusion.healing.sharded import Model
 PREFIX = "checkpoint-"
 
 
-def save(model: Model, optimizer: Optimizer, folder: Path, step: int, ranks: Ranks) -> str:
+def save(model: Model, optimizers: Sequence[Optimizer], folder: Path, step: int, ranks: Ranks) -> str:
     """Write weights and optimizer state beside the older ones; the name is for whoever says which of them counts."""
     name = f"{PREFIX}{step}"
-    weights, state = get_state_dict(model, optimizer)
+    weights, state = get_state_dict(model, optimizers)
     if ranks.is_first:
         shutil.rmtree(folder / name, ignore_errors=True)
     ranks.wait()
@@ -27,12 +28,12 @@ def save(model: Model, optimizer: Optimizer, folder: Path, step: int, ranks: Ran
     return name
 
 
-def restore(model: Model, optimizer: Optimizer | None, folder: Path, name: str) -> None:
-    """Put back what `save` wrote; without an optimizer only the weights, for a stage that begins anew."""
-    weights, state = get_state_dict(model, optimizer or ())
-    wanted: dict[str, Any] = {"model": weights} | ({"optimizer": state} if optimizer else {})
+def restore(model: Model, optimizers: Sequence[Optimizer], folder: Path, name: str) -> None:
+    """Put back what `save` wrote; without optimizers only the weights, for a stage that begins anew."""
+    weights, state = get_state_dict(model, optimizers)
+    wanted: dict[str, Any] = {"model": weights} | ({"optimizer": state} if optimizers else {})
     load(wanted, checkpoint_id=folder / name)
-    set_state_dict(model, optimizer or (), model_state_dict=weights, optim_state_dict=state if optimizer else {})
+    set_state_dict(model, optimizers, model_state_dict=weights, optim_state_dict=state if optimizers else {})
 
 
 def forget(folder: Path, keep: str, ranks: Ranks) -> None:

@@ -104,7 +104,7 @@ class Course:
         student = load(self.pair.student, self._config(number), form, self.ranks)
         training = Training(student, stage, objective, feed, self.ranks, habits.batch_size)
         if progress.checkpoint:
-            own = training.optimizer if progress.step else None
+            own = training.optimizers if progress.step else []
             checkpoints.restore(student, own, self.folder.state, progress.checkpoint)
         if not progress.check_ups:
             self._check_up(student, stage)
@@ -182,7 +182,7 @@ class Course:
             due = self.ranks.tell(time.monotonic() - saved >= 60 * habits.save_minutes)
             if due or step in examined:
                 progress.step = step
-                name = checkpoints.save(student, training.optimizer, self.folder.state, done_before + step, self.ranks)
+                name = checkpoints.save(student, training.optimizers, self.folder.state, done_before + step, self.ranks)
                 progress.checkpoint = name
                 if step in examined:
                     self._check_up(student, stage)

@@ -16,10 +16,10 @@ from ffn_fusion.core.distill import ON_STREAM, Losses, Scored, head_loss, logit_
 from ffn_fusion.core.heal_records import TrainingPoint
 from ffn_fusion.core.topk import TopK
 from ffn_fusion.healing.feeds import Batch, Feed
+from ffn_fusion.healing.optimizers import optimizers
 from ffn_fusion.healing.ranks import Ranks
 from ffn_fusion.healing.sharded import Model, Pass
 
-BETAS = (0.9, 0.95)
 P = ParamSpec("P")
 T = TypeVar("T")
 IGNORED = -1
@@ -118,8 +118,7 @@ class Training:
         self.share = ranks.share(stage.windows_per_step)
         self.at_once = min(batch_size, self.share)
         self._parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
-        decay = stage.weight_decay
-        self.optimizer = torch.optim.AdamW(self._parameters, betas=BETAS, weight_decay=decay, fused=True)
+        self.optimizers = optimizers(student, stage)
 
     @property
     def num_trained(self) -> int:
@@ -137,8 +136,9 @@ class Training:
         size, num_windows = self.ranks.size, self.stage.windows_per_step
         first = step * num_windows
         places = range(first + self.ranks.rank, first + num_windows, size)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.stage.rate(step)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.stage.rate(step)
         batches = [places[i : i + self.at_once] for i in range(0, self.share, self.at_once)]
         sums = torch.zeros(len(self.objective.names), device=self.ranks.device)
         for number, some in enumerate(batches, start=1):
@@ -149,8 +149,9 @@ class Training:
             sums += losses
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.stage.max_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         return torch.cat([sums, norm.detach().reshape(1).to(sums.device)])
 
     def _done(self, step: int, rows: Sequence[Tensor]) -> Done:
